@@ -1,0 +1,685 @@
+"""ACDC from the raw release to the HDF5 layout of SSL4MIS, BCP and their forks; the split; reading it back.
+
+    python data_prep.py RAW [OUT]          RAW holds training/ and testing/; OUT defaults to data/ACDC
+    python data_prep.py --phantom [OUT]    a synthetic cohort: raw in OUT/raw, converted in OUT (data/phantom)
+    python data_prep.py --check OUT        every list, file, label and checksum; one line per fault
+
+OUT/data/slices/patientNNN_frameFF_slice_S.h5 for train, OUT/data/patientNNN_frameFF.h5 for val, test and official;
+FF is 01 at end-diastole (ED), 02 at end-systole (ES), S counts from 1. Each holds `image`, float32,
+(v - v.min()) / (v.max() - v.min()) over the volume, and `label`, uint8: 1 RV, 2 MYO, 3 LV; attributes `spacing`
+(z, y, x in mm), `group`, `source`. Arrays are (Z, Y, X). A file copied alone needs numpy, scipy, h5py, nibabel, tqdm.
+
+Data: Bernard et al., "Deep Learning Techniques for Automatic MRI Cardiac Multi-structures Segmentation and Diagnosis:
+Is the Problem Solved?", IEEE TMI 37(11), 2018. Layout and split: https://github.com/HiLab-git/SSL4MIS
+"""
+
+import argparse
+import errno
+import gzip
+import hashlib
+import json
+import math
+import multiprocessing.connection
+import os
+import platform
+import re
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import h5py
+import nibabel as nib
+import numpy as np
+from scipy import ndimage
+from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows: two preparations into one folder are not kept apart
+    fcntl = None
+
+CLASSES = ("RV", "MYO", "LV")  # labels 1, 2, 3
+PHASES = ("ED", "ES")  # frame01, frame02
+_IDS = {  # the community's split in its order: --labeled k takes the first k of train
+    "train": """099 038 050 100 058 021 049 020 072 040 060 089 004 056 098 096 031 018 094 047 048 055 097 074 043 041
+        063 037 095 054 026 088 032 069 006 071 012 073 061 017 025 010 057 029 051 005 036 046 062 034 076 092 070 077
+        067 003 091 016 014 044 042 090 053 027 035 086 023 009 079 015""",
+    "val": "028 085 082 087 019 030 078 045 002 039",
+    "test": "011 013 084 033 093 022 068 024 083 081 080 001 007 066 008 065 075 064 059 052",
+    "official": " ".join(str(n) for n in range(101, 151)),
+}
+SPLIT: dict[str, tuple[str, ...]] = {s: tuple(f"patient{n}" for n in ids.split()) for s, ids in _IDS.items()}
+VOLUME, SLICE = r"patient\d{3}_frame\d\d", r"patient\d{3}_frame\d\d_slice_[1-9]\d{0,3}"  # names in the lists
+MAX_VOXELS = 2**28  # 1 GiB in float32; a cine of 256 x 256 x 10 x 30 has 2**24
+DEFLATE = 1100  # zlib shrinks 1032 times at most: a file that claims more than that lies
+
+
+class DataError(Exception):
+    """A user's error: one line that names the file and the remedy."""
+
+
+class Volume(NamedTuple):
+    """One frame of one patient."""
+
+    name: str
+    image: np.ndarray  # (Z, Y, X) float32, 0..1
+    label: np.ndarray | None  # (Z, Y, X) uint8, 0..3; None where the release has no annotation
+    spacing: tuple[float, float, float] | None  # (z, y, x) mm; None in the community's copy
+    group: str | None  # DCM, HCM, MINF, NOR or RV
+
+
+def require(ok, path, problem, remedy="prepare the data again"):
+    if not ok:
+        raise DataError(f"{path}: {problem}; {remedy}")
+
+
+def one_line(error):
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
+# ------------------------------------------------------------------------------------------------------------------ raw
+
+
+def load_nifti(path):
+    """NIfTI -> (array (Z, Y, X) or (T, Z, Y, X) in the file's dtype, spacing (z, y, x) in mm, the nibabel image).
+
+    Spacing is the header's zooms; ACDC's affine says 1 mm whatever the truth. A slope of NaN means unscaled.
+    Raises DataError: unreadable, neither 3D nor 4D, not finite numbers, no spacing, or too large (told by the header,
+    before anything is allocated).
+    """
+    remedy = "fetch the file again"
+    try:
+        with nib.imageglobals.LoggingOutputSuppressor():
+            image = nib.load(path)
+            shape, dtype = image.shape, image.get_data_dtype()
+            numbers = len(shape) in (3, 4) and min(shape) > 0 and dtype.kind in "iuf"
+            require(numbers, path, f"{dtype} of shape {shape} is not a 3D or 4D image", remedy)
+            room = min(MAX_VOXELS, DEFLATE * os.path.getsize(path))
+            require(math.prod(shape) <= room, path, f"the header claims {shape}, more than the file can hold", remedy)
+            array = np.asanyarray(image.dataobj).T
+        spacing = tuple(float(z) for z in image.header.get_zooms()[2::-1])
+    except DataError:
+        raise
+    except Exception as e:  # a damaged header can raise anything
+        raise DataError(f"{path}: cannot be read ({one_line(e)}); {remedy}") from None
+    require(all(0 < z < math.inf for z in spacing), path, f"spacing {spacing} mm", "write the true zooms into it")
+    require(np.isfinite(array).all(), path, "holds NaN or infinity", remedy)
+    return array, spacing, image
+
+
+def read_info(folder):
+    """Info.cfg of a patient's folder -> {"ED": 1, "ES": 12, "Group": "DCM", ...}."""
+    path, remedy = Path(folder) / "Info.cfg", "restore it from the release"
+    require(path.is_file() and os.access(path, os.R_OK), path, "absent or not readable", remedy)
+    lines = path.read_bytes()[:65536].decode("utf-8", "replace").splitlines()
+    info = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    for phase in PHASES:
+        require(re.fullmatch("[0-9]{1,4}", info.get(phase, "")), path, f"no frame number for {phase}", remedy)
+        info[phase] = int(info[phase])
+    require(info.get("Group"), path, "no Group", remedy)
+    return info
+
+
+def read_patient(folder, needs_label):
+    """ED and ES of one raw patient, checked -> [(image (Z, Y, X) float32, label uint8 or None, attributes)] * 2."""
+    info, frames, remedy = read_info(folder), [], "fetch the file again"
+    for phase in PHASES:
+        path = folder / f"{folder.name}_frame{info[phase]:02d}.nii.gz"
+        truth = path.with_name(path.name.replace(".nii", "_gt.nii"))
+        require(path.exists(), path, f"absent, but Info.cfg says {phase}: {info[phase]}", "restore it from the release")
+        v, spacing, _ = load_nifti(path)
+        require(v.ndim == 3, path, f"{v.ndim}D where one 3D frame belongs", remedy)
+        v, label = v.astype(np.float32), None
+        low, high = v.min(), v.max()
+        require(0 < high - low < np.inf, path, f"every voxel is {low} or the range overflows", remedy)
+        if needs_label or truth.exists():
+            label = load_nifti(truth)[0]
+            require(label.shape == v.shape, truth, f"shape {label.shape}, but the image has {v.shape}", remedy)
+            require(np.isin(label, (0, 1, 2, 3)).all(), truth, "labels outside 0..3", remedy)
+            label = label.astype(np.uint8)
+        attrs = {"spacing": spacing, "group": info["Group"], "source": f"{folder.name}/{path.name}"}
+        frames.append(((v - low) / (high - low), label, attrs))
+    return frames
+
+
+def find_patients(raw):
+    """{"patient001": folder, ...} in RAW's training/ and testing/, in those of RAW/database, or in RAW itself."""
+    found = {}
+    for base in (Path(raw), Path(raw) / "database"):
+        for parent in (base / "training", base / "testing", base):
+            for folder in sorted(parent.iterdir()) if parent.is_dir() else ():
+                if re.fullmatch(r"patient\d{3}", folder.name) and folder.is_dir():
+                    found.setdefault(folder.name, folder)
+    require(found, raw, "no folder patientNNN", "give the folder that holds ACDC's training/ and testing/")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- prepared
+
+
+def read_h5(path, ndim):
+    """One prepared file -> (image float32 0..1, label uint8 or None, attributes); DataError where it is not sound.
+
+    Data outside the file (links, external and virtual storage) are refused, sizes are judged before the allocation.
+    """
+    data, attrs = {"label": None}, {}
+    try:
+        with h5py.File(path, "r") as h:
+            for key in {"image", "label"}.intersection(h):
+                linked = not isinstance(h.get(key, getlink=True), h5py.HardLink)  # looked at before it is followed
+                d = None if linked else h[key]
+                inside = isinstance(d, h5py.Dataset) and not d.external and not d.is_virtual
+                require(inside, path, f"{key} is not in the file itself")
+                numbers = len(d.shape or ()) == ndim and d.dtype.kind in "iuf"
+                require(numbers, path, f"{key} is {d.dtype} of shape {d.shape}, not {ndim}D numbers")
+                room = min(MAX_VOXELS, DEFLATE * os.path.getsize(path))
+                require(0 < d.size <= room, path, f"{key} claims {d.shape}, more than the file can hold")
+                data[key] = d[()]
+            attrs = {key: str(h.attrs[key]) for key in ("group", "source") if key in h.attrs}
+            if "spacing" in h.attrs:
+                attrs["spacing"] = tuple(float(s) for s in h.attrs["spacing"])
+    except DataError:
+        raise
+    except Exception as e:  # so can a damaged file
+        raise DataError(f"{path}: cannot be read ({one_line(e)}); prepare the data again") from None
+    require("image" in data, path, "holds no image")
+    image, label, spacing = data["image"], data["label"], attrs.get("spacing", (1, 1, 1))
+    require(image.min() >= 0 and image.max() <= 1, path, "image outside 0..1")  # NaN fails too
+    require(len(spacing) == 3 and all(0 < s < math.inf for s in spacing), path, f"spacing {spacing}")
+    if label is not None:
+        require(label.shape == image.shape, path, f"label {label.shape}, but image {image.shape}")
+        require(np.isin(label, (0, 1, 2, 3)).all(), path, "labels outside 0..3")
+        label = label.astype(np.uint8, copy=False)
+    return image.astype(np.float32, copy=False), label, attrs
+
+
+def h5_path(root, name):
+    """Where a slice or a volume lies: slices in data/slices/, or in data/ of a flat copy."""
+    nested = Path(root) / "data" / "slices" / f"{name}.h5"
+    return nested if "_slice_" in name and nested.is_file() else Path(root) / "data" / f"{name}.h5"
+
+
+def read_list(root, split, pattern=VOLUME):
+    """The names in <split>.list, in its order: ["patient028_frame01", ...]."""
+    path = Path(root) / f"{split}.list"
+    try:
+        names = path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as e:
+        raise DataError(f"{path}: cannot be read ({one_line(e)}); prepare the data with data_prep.py") from None
+    for name in names:
+        require(re.fullmatch(pattern, name, re.ASCII), path, f"{name[:60]!r} is not a name like patient028_frame01")
+    return names
+
+
+def read_volume(root, name):
+    """One volume of val, test or official by its name in the list."""
+    image, label, attrs = read_h5(h5_path(root, name), 3)
+    return Volume(name, image, label, attrs.get("spacing"), attrs.get("group"))
+
+
+def read_slices(root) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Every training slice as (name, image (Y, X) float32, label (Y, X) uint8), in train_slices.list's order.
+
+    The patient is name[:10]; the first k distinct ones are those of `--labeled k`.
+    """
+    for name in read_list(root, "train_slices", SLICE):
+        image, label, _ = read_h5(h5_path(root, name), 2)
+        require(label is not None, h5_path(root, name), "holds no label")
+        yield name, image, label
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_atomic(path, data):
+    """Bytes to a file that appears whole or not at all; a file that holds them already is left alone."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        if path.is_file() and path.read_bytes() == data:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except OSError as e:
+        raise refusal(path, e) from None
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+def refusal(path, e):
+    remedy = "free some space" if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "choose another OUT"
+    return DataError(f"{path}: {e.strerror or one_line(e)}; {remedy} and run again")
+
+
+def h5_bytes(image, label, attrs):
+    """The HDF5 file as bytes: compressed in memory, so that a full disk meets plain bytes; same arrays, same bytes."""
+    with h5py.File("memory", "w", driver="core", backing_store=False) as h:
+        for key, array in (("image", image), ("label", label)):
+            if array is not None:
+                chunk = (1,) * (array.ndim - 2) + array.shape[-2:]  # a slice
+                h.create_dataset(key, data=array, chunks=chunk, compression="gzip", compression_opts=4)
+        h.attrs.update(attrs)
+        h.flush()
+        return h.id.get_file_image()
+
+
+def checksum(image, label):
+    """SHA-256 of the decoded content: shape, image as little-endian float32, label as uint8 where there is one."""
+    h = hashlib.sha256(repr(image.shape).encode())
+    h.update(image.astype("<f4", copy=False).tobytes())
+    h.update(b"" if label is None else label.tobytes())
+    return h.hexdigest()
+
+
+def convert_patient(folder, split, out):
+    """Write what is not there yet of one patient -> [(path below OUT, checksum, number of slices)]."""
+    files = []
+    for number, (image, label, attrs) in enumerate(read_patient(folder, needs_label=split != "official"), 1):
+        name = f"{folder.name}_frame{number:02d}"
+        parts = [(f"data/{name}.h5", image, label)]
+        if split == "train":
+            parts = [(f"data/slices/{name}_slice_{s + 1}.h5", image[s], label[s]) for s in range(len(image))]
+        for file, x, y in parts:
+            try:  # of an earlier, perhaps killed run
+                there, truth, meta = read_h5(out / file, x.ndim)
+                whole = meta == attrs and np.array_equal(there, x) and np.array_equal(truth, y)
+            except DataError:
+                whole = False
+            if not whole:
+                write_atomic(out / file, h5_bytes(x, y, attrs))
+            files.append((file, checksum(x, y), len(x) if x.ndim == 3 else 1))
+    return files
+
+
+def run_parallel(function, jobs, workers=None, title=""):
+    """function(*job) for each job in `workers` processes, one per core by default -> results in order."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    results = []
+    with (
+        tqdm(total=len(jobs), desc=title, unit="patient", disable=None) as bar,
+        ProcessPoolExecutor(min(workers or cores, len(jobs)), initializer=_start_worker) as pool,
+    ):
+        futures = [pool.submit(function, *job) for job in jobs]
+        try:
+            for future in futures:
+                results.append(future.result())
+                bar.update()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return results
+
+
+def _start_worker():
+    """Ctrl-C is the parent's to handle; when the parent is killed, its workers leave too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process().sentinel
+    threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True).start()
+
+
+@contextmanager
+def locked(out):
+    """Hold OUT/.lock, which names the holder. Forked workers inherit it: it is free when the last of them has left."""
+    if fcntl is None:
+        yield
+        return
+    path = out / ".lock"
+    for _ in range(30):  # the workers of a killed run need a moment
+        f = open(path, "a+")  # noqa: SIM115
+        with suppress(BlockingIOError, FileNotFoundError):
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(f.fileno()), path.stat()):
+                break  # otherwise its last holder has just removed it
+        f.seek(0)
+        holder = f.read() or "another process"
+        f.close()
+        time.sleep(0.1)
+    else:
+        raise DataError(f"{out}: {holder} is preparing it; wait for it or choose another OUT")
+    try:
+        f.truncate(0)
+        f.write(f"process {os.getpid()} on {platform.node()}")
+        f.flush()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        f.close()
+
+
+@contextmanager
+def workspace(out):
+    """OUT for one preparation: made if absent, locked, and on an error without the files and folders this one added.
+
+    Ctrl-C and kills leave the finished files there: the next run goes on from them.
+    """
+    made = [d for d in (out, *out.parents) if not d.exists()]
+    ours = ("*.list", "manifest.json", ".*.part", "data/**/*patient*", "phantom.json", "raw/t*ing/patient*/*")
+
+    def files():
+        return {p for pattern in ours for p in out.glob(pattern) if p.is_file()}
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with locked(out):
+            before = files()
+            for part in [p for p in before if p.name.endswith(".part")]:  # a killed run's
+                part.unlink()
+            try:
+                yield
+            except Exception:
+                for p in files() - before:
+                    p.unlink()
+                raise
+    except BrokenProcessPool:
+        raise DataError(f"{out}: a worker was killed, perhaps for memory; run again with --workers 1") from None
+    except OSError as e:
+        raise refusal(e.filename or out, e) from None
+    finally:
+        inner = [d for pattern in ("raw/t*ing/patient*", "raw/t*ing", "raw", "data/slices", "data") for d in out.glob(pattern)]
+        for d in inner + made:
+            with suppress(OSError):  # stays unless empty
+                d.rmdir()
+
+
+def convert(raw, out, allow_missing=False, workers=None):
+    """Raw ACDC -> prepared folder; returns the manifest. Patients that RAW lacks are an error without `allow_missing`.
+
+    A second run leaves finished files alone and makes the rest.
+    """
+    with workspace(Path(out)):
+        return _convert(raw, Path(out), allow_missing, workers)
+
+
+def _convert(raw, out, allow_missing, workers):
+    found = find_patients(raw)
+    missing = [p for ids in SPLIT.values() for p in ids if p not in found]
+    say = f"lacks {len(missing)} of 150 patients, first {next(iter(missing), '')}"
+    require(allow_missing or not missing, raw, say, "add them or pass --allow-missing")
+    jobs = [(found[p], s, out) for s, ids in SPLIT.items() for p in ids if p in found]
+    results = run_parallel(convert_patient, jobs, workers, "convert")
+    done = {job[0].name: files for job, files in zip(jobs, results, strict=True)}
+    split = {s: [p for p in ids if p in done] for s, ids in SPLIT.items()}
+    # The community lists a volume's slices in the order its file system returned them; ours ascend. Volumes: its order.
+    lists = {s: [f"{p}_frame{n:02d}" for p in ids for n in (1, 2)] for s, ids in split.items()}
+    slices = {s: sum(file[2] for p in ids for file in done[p]) for s, ids in split.items()}
+    manifest = {
+        "counts": {s: {"patients": len(split[s]), "volumes": len(lists[s]), "slices": slices[s]} for s in split},
+        "split": split,
+        "missing": missing,
+        "versions": {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (np, h5py, nib)}},
+        "sha256": {file[0]: file[1] for files in done.values() for file in files},
+    }
+    lists["train_slices"] = [Path(file[0]).stem for p in split["train"] for file in done[p]]
+    for name, lines in lists.items():
+        write_atomic(out / f"{name}.list", "".join(f"{line}\n" for line in lines).encode())
+    write_atomic(out / "manifest.json", f"{json.dumps(manifest, indent=1)}\n".encode())  # last: the sign of completion
+    return manifest
+
+
+# ---------------------------------------------------------------------------------------------------------------- check
+
+
+def check(root):
+    """Every list, file and checksum of a prepared folder, ours or the community's -> one line per fault."""
+    root, faults = Path(root), []
+    require(root.is_dir(), root, "no such folder", "give the one that data_prep.py wrote")
+
+    def fault(name, text):
+        faults.append(f"{root / name}: {text}; prepare the data again")
+
+    def attempt(function, *args):
+        try:
+            return function(*args)
+        except DataError as e:
+            faults.append(str(e))
+
+    splits = [s for s in SPLIT if s != "official" or (root / "official.list").exists()]
+    lists = {s: attempt(read_list, root, s) or [] for s in splits}
+    slices = attempt(read_list, root, "train_slices", SLICE) or []
+    owner, numbers = {}, {}
+    for s, names in {**lists, "train_slices": slices}.items():
+        for name, times in Counter(names).items():
+            fault(f"{s}.list", f"{name} stands there {times} times") if times > 1 else None
+    for s, names in lists.items():
+        for patient in dict.fromkeys(name[:10] for name in names):
+            if owner.setdefault(patient, s) != s:
+                fault(f"{s}.list", f"{patient} is also in {owner[patient]}.list")
+            for frame in {f"{patient}_frame01", f"{patient}_frame02"}.difference(names):
+                fault(f"{s}.list", f"lacks {frame}")
+    for name in dict.fromkeys(slices):
+        volume, _, number = name.partition("_slice_")
+        numbers.setdefault(volume, []).append(int(number))
+    for volume in dict.fromkeys([*lists["train"], *numbers] if slices and lists["train"] else ()):
+        have = sorted(numbers.get(volume, ()))
+        if volume not in lists["train"]:
+            fault("train_slices.list", f"{volume} is not in train.list")
+        elif not have or have != list(range(1, len(have) + 1)):
+            fault("train_slices.list", f"{volume} has slices {have}, not 1, 2, 3 and so on")
+    if not faults and list(numbers) != lists["train"]:
+        fault("train_slices.list", "the volumes' order is not train.list's, and --labeled counts by it")
+
+    sums = attempt(read_checksums, root)
+    names = [*slices, *(n for s in splits if s != "train" for n in lists[s] if owner[n[:10]] == s)]
+    paths = {h5_path(root, n).relative_to(root).as_posix(): n for n in names}
+    if sums and not faults and (odd := sorted(set(sums) ^ set(paths))):
+        fault("manifest.json", f"{len(odd)} files are in it or in the lists, but not in both, first {odd[0]}")
+    for path, name in tqdm(paths.items(), desc="check", unit="file", disable=None):
+        image, label, _ = attempt(read_h5, root / path, 2 if "_slice_" in name else 3) or (None, None, None)
+        if image is not None and label is None and owner.get(name[:10]) != "official":
+            fault(path, "holds no label")
+        elif image is not None and sums and path in sums and sums[path] != checksum(image, label):
+            fault(path, "the content is not what manifest.json says")
+    return faults
+
+
+def read_checksums(root):
+    """{path below ROOT: SHA-256} from manifest.json, or None in the community's copy."""
+    path = root / "manifest.json"
+    if path.exists():
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            return dict(json.loads(path.read_bytes())["sha256"])
+        raise DataError(f"{path}: not a manifest; prepare the data again")
+
+
+# -------------------------------------------------------------------------------------------------------------- phantom
+
+ANATOMY = {  # at end-diastole: LV radius, wall, RV width (mm); then the LV's ejection fraction
+    "NOR": (23, 8.5, 31, 0.62), "DCM": (31, 7.5, 30, 0.25), "HCM": (21, 14.0, 27, 0.70), "MINF": (27, 8.5, 30, 0.36),
+    "RV": (22, 8.5, 42, 0.55),
+}
+
+
+def draw_phantom(rng, group, shape, pixel):
+    """The short-axis stacks of one synthetic patient, ED and ES -> [(image (Z, Y, X) float, label uint8)] * 2.
+
+    Each structure is a signed distance in mm (`pixel`: mm per pixel), painted over what lies behind it with a pixel of
+    partial volume. The LV is half an ellipsoid, base first, whose wall keeps its volume as it contracts; the RV is a
+    crescent on it, gone before the apex. Papillary muscles are labelled as cavity, as in ACDC.
+    """
+
+    def vary(mean, part):
+        return mean * rng.uniform(1 - part, 1 + part)
+
+    def texture(mm):  # (Y, X), mean 0, deviation 1, grains of `mm`
+        field = ndimage.gaussian_filter(rng.normal(size=shape[1:]), mm / pixel)
+        return (field - field.mean()) / field.std()
+
+    def bump(angle, at):  # distance on the circle
+        return np.abs(np.angle(np.exp(1j * (angle - at))))
+
+    def paint(image, distance, value, edge=1.0):
+        image += np.clip(0.5 - distance / (pixel * edge), 0, 1) * (value - image)
+
+    z, y, x = np.ogrid[tuple(slice(0, n) for n in shape)]
+    t = 0.02 + 0.9 * z / (shape[0] - 1)  # (Z, 1, 1) along the long axis: 0 base, 1 apex of the ED cavity
+    u, v = (x - shape[2] / 2) * pixel, (y - shape[1] / 2) * pixel  # (1, 1, X), (1, Y, 1) mm right and down
+    bias = sum(rng.normal(0, 0.15) * f for f in (u / 100, v / 100, u * v / 1e4, u**2 / 1e4))
+    tilt = rng.normal(0, 0.12)
+    u, v = (np.cos(tilt) * u + np.sin(tilt) * v + vary(1.6, 0.4) * texture(11),
+            np.cos(tilt) * v - np.sin(tilt) * u + vary(1.6, 0.4) * texture(11))  # (1, Y, X), nothing in a body is round
+    fine, grain, spots, lumps = texture(1.2), texture(4), texture(1.7), texture(9)
+    blood, muscle, fat = vary(0.85, 0.2), vary(0.27, 0.25), vary(0.95, 0.2)
+    lung, liver, noise, blur = vary(0.06, 0.4), vary(0.33, 0.25), vary(0.025, 0.4), vary(0.6, 0.25)
+
+    body = vary(118, 0.08)
+    skin = np.hypot(u - vary(28, 0.4), (v - vary(30, 0.4)) * vary(1, 0.1)) - body + 6 * t  # negative inside
+    layer = skin + vary(15, 0.45)  # under the fat
+    chest = layer + 9
+    diaphragm = np.maximum(chest, vary(41, 0.12) - 14 * t + (u + 10) ** 2 / 300 - v)
+    left = np.maximum(diaphragm + 3, 25 - u + 6 * lumps)  # stomach and spleen in fat
+    aorta = np.hypot(u - vary(45, 0.2), v - vary(42, 0.15)) - vary(10, 0.15)
+    behind = np.zeros(shape)
+    for distance, value, edge in (
+        (skin, fat * (1 + 0.06 * grain), 1), (layer, muscle * (1 + 0.2 * grain), 1),
+        (layer + 3 + 2 * grain, 0.6 * fat, 2), (layer + 6 + 2 * grain, muscle, 2), (chest, lung * (1 + 0.3 * fine), 1),
+        (np.maximum(chest + 4, 5 * (1.9 - spots)), 0.8 * blood, 3), (diaphragm, liver * (1 + 0.1 * fine), 1),
+        (np.maximum(diaphragm + 5, 5 * (1.9 - spots)), 0.9 * blood, 3), (left, 0.75 * fat * (1 + 0.1 * grain), 1),
+        (np.maximum(left + 4, 6 * (0.3 - lumps)), 0.8 * liver + 0.1 * fine, 2), (aorta, blood, 1),
+    ):
+        paint(behind, distance, value, edge)
+
+    radius, wall, width, fraction = (vary(a, 0.1) for a in ANATOMY[group])
+    u, v = u - 12 - rng.normal(0, 5) - 5 * t, v + 4 - rng.normal(0, 5) - 4 * t
+    rho, phi = np.hypot(u, v), np.arctan2(v, u)  # around the LV's long axis; 0 is the lateral wall, pi the septum
+    wave = 1 + sum(rng.normal(0, 0.03) * np.cos(k * phi + rng.uniform(0, 6.3)) for k in (2, 3))
+    septum, span, scar = np.pi - 0.35 + rng.normal(0, 0.15), vary(1.45, 0.08), rng.uniform(-1.5, 1.5)
+    from_septum = bump(phi, septum)
+    crescent = np.where(from_septum < span, np.cos(np.minimum(from_septum / span, 1) * np.pi / 2) ** 0.75, 0)
+    papillae = [(angle + rng.normal(0, 0.2), vary(5, 0.3)) for angle in (-1.0, 1.3)]
+    frames = []
+    for length, rest, rv_width in ((1, 1, width), (0.92, 1 - fraction, width * vary(0.7, 0.1))):  # ED, ES
+        inner = radius * np.sqrt(rest / length)  # the cavity's volume goes with radius^2 * length
+        outer = np.sqrt(inner**2 + ((radius + wall) ** 2 - radius**2) / length)
+        s = t / length
+        endo = inner * wave * np.sqrt(np.clip(1 - s**2, 0, 1))
+        epi = outer * wave * np.sqrt(np.clip(1 - (s / 1.12) ** 2, 0, 1))
+        if group == "MINF":  # a thin scar
+            epi = epi - 0.45 * (epi - endo) * np.exp(-((bump(phi, scar) / 0.6) ** 2))
+        depth = rv_width * np.sqrt(np.clip(1 - (s / 0.9) ** 2, 0, 1))  # (Z, 1, 1)
+        rv = epi + np.where(depth > 4, depth * crescent, 0)
+        image = behind.copy()
+        groove = 4 * (np.abs(from_septum - span) < 0.35)  # fat where the ventricles meet
+        paint(image, rho - rv - 3 - groove - 2 * np.clip(lumps + grain, -1, 2), 0.8 * fat * (1 + 0.1 * fine))
+        paint(image, rho - rv - 3 * (rv > epi), muscle)
+        rough = 0.3 * np.clip(spots - 0.8, 0, 1.5)  # trabeculae
+        paint(image, np.where(rv > epi, np.maximum(rho - rv, epi - rho), 99), blood * (0.95 + 0.06 * grain - rough))
+        paint(image, rho - epi, muscle * (1 + 0.1 * fine))
+        paint(image, rho - endo, blood * (1 + 0.05 * grain - rough * (rho > 0.7 * endo)))
+        for angle, size in papillae:
+            size = size * np.sqrt(np.clip(1 - ((s - 0.5) / 0.4) ** 2, 0, 1)) + 0.6 * fine  # (Z, Y, X)
+            apart = np.hypot(u - 0.72 * endo * np.cos(angle), v - 0.72 * endo * np.sin(angle))
+            paint(image, np.where(size > 1.5, np.maximum(apart - size, rho - endo), 99), muscle)
+        label = np.select([rho < endo, rho < epi, rho < rv], [3, 2, 1], 0).astype(np.uint8)
+        image = image * np.exp(bias) * (0.75 + 0.6 * np.exp(np.minimum(skin, 0) / 45))  # the coil lies on the chest
+        image = ndimage.gaussian_filter(image, (0, blur, blur))
+        image = np.hypot(image + rng.normal(0, noise, shape), rng.normal(0, noise, shape))  # Rician
+        frames.append((image, label))
+    return frames
+
+
+def write_phantom_patient(folder, seed):
+    """One raw patient as in ACDC: frames, annotation, Info.cfg; zooms in the header, a sform that says 1 mm."""
+    number = int(folder.name[7:])
+    rng = np.random.default_rng([seed, number])
+    group, dtype = list(ANATOMY)[number % 5], (np.float32, np.int16, np.uint8)[number % 3]
+    pixel, gap = rng.uniform(1.3, 1.8), float(rng.choice((8, 10)))  # mm
+    shape = int(rng.integers(6, 10)), int(rng.uniform(190, 208) / pixel), int(rng.uniform(172, 190) / pixel)  # Z, Y, X
+    frames = {"ED": 1, "ES": int(rng.integers(8, 13))} if number != 90 else {"ED": 4, "ES": 11}
+    for (image, label), frame in zip(draw_phantom(rng, group, shape, pixel), frames.values(), strict=True):
+        image = np.rint(np.clip(image / np.quantile(image, 0.998), 0, 1) * (255 if dtype == np.uint8 else 900))
+        for end, array in (("", image.astype(dtype)), ("_gt", label)):
+            if end and number > 100:
+                continue  # the challenge's own test set, as it was before its annotation was released
+            nifti = nib.Nifti1Image(np.asfortranarray(array.T), None)
+            nifti.header.set_zooms((pixel, pixel, gap))
+            nifti.header.set_sform(np.diag([-1, -1, 1, 1]), 2)
+            file = f"{folder.name}_frame{frame:02d}{end}.nii.gz"
+            write_atomic(folder / file, gzip.compress(nifti.to_bytes(), 6, mtime=0))  # no date: same seed, same bytes
+    info = {**frames, "Group": group, "Height": 170.0, "NbFrame": 25, "Weight": 70.0}
+    write_atomic(folder / "Info.cfg", "".join(f"{k}: {v}\n" for k, v in info.items()).encode())
+
+
+def make_phantom(out, patients=20, seed=0, workers=None):
+    """A synthetic cohort, raw in OUT/raw and converted in OUT; returns the manifest. Same seed, same bytes."""
+    require(6 <= patients <= 80, "--patients", f"{patients} is out of range", "give 6 to 80")
+    require(seed >= 0, "--seed", f"{seed} is negative", "give 0 or more")
+    out = Path(out)
+    raw, marker = out / "raw", out / "phantom.json"
+    val, test = patients * 3 // 20 or 1, patients * 6 // 20
+    parts = {"train": patients - val - test - 2, "val": val, "test": test, "official": 1}
+    names = ["patient090", *(p for s, n in parts.items() for p in SPLIT[s][:n])]  # 090: ED is not the first frame
+    mark = json.dumps({"phantom": 1, "patients": patients, "seed": seed}).encode()
+    with workspace(out):
+        empty = all(p.name == ".lock" for p in out.iterdir())
+        same = marker.is_file() and marker.read_bytes() == mark
+        require(empty or same, out, "holds other data", "remove it or choose another OUT")
+        write_atomic(marker, mark)
+        jobs = [(raw / ("testing" if p > "patient100" else "training") / p, seed) for p in names]
+        run_parallel(write_phantom_patient, jobs, workers, "phantom")
+        return _convert(raw, out, True, workers)
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
+def main(argv=None):
+    """The command line -> exit code: 0, 1 where --check finds faults, 2 for a user's error, 130 for Ctrl-C."""
+    parser = Parser(description="ACDC, or a phantom, to HDF5 slices and volumes with the split's lists.")
+    parser.add_argument("raw", nargs="?", help="folder that holds ACDC's training/ and testing/")
+    parser.add_argument("out", nargs="?", help="prepared folder (default data/ACDC)")
+    parser.add_argument("--allow-missing", action="store_true", help="go on without the patients that RAW lacks")
+    parser.add_argument("--phantom", nargs="?", const="data/phantom", metavar="OUT",
+                        help="make a synthetic cohort and convert it (default data/phantom)")  # fmt: skip
+    parser.add_argument("--patients", type=int, default=20, help="of the phantom, 6 to 80 (default 20)")
+    parser.add_argument("--seed", type=int, default=0, help="of the phantom (default 0)")
+    parser.add_argument("--check", metavar="OUT", help="report the faults of a prepared folder")
+    parser.add_argument("--workers", type=int, help="processes (default one per core)")
+    args = parser.parse_args(argv)
+    if sum(a is not None for a in (args.raw, args.phantom, args.check)) != 1:
+        parser.error("give one of RAW, --phantom and --check")
+    if args.workers is not None and not 1 <= args.workers <= 64:
+        parser.error("--workers: give 1 to 64")
+    start = time.perf_counter()
+    try:
+        if args.check is not None:
+            faults = check(args.check)
+            print("\n".join(faults) or f"{args.check}: no faults")
+            return 1 if faults else 0
+        if args.phantom is not None:
+            out, manifest = args.phantom, make_phantom(args.phantom, args.patients, args.seed, args.workers)
+        else:
+            out = args.out or "data/ACDC"
+            manifest = convert(args.raw, out, args.allow_missing, args.workers)
+    except (DataError, OSError) as e:
+        print(f"{parser.prog}: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; run it again to go on", file=sys.stderr)
+        return 130
+    for split, n in manifest["counts"].items():
+        print(f"{split:9}{n['patients']:4} patients {n['volumes']:4} volumes {n['slices']:5} slices")
+    if args.raw and manifest["missing"]:
+        print(f"absent: {len(manifest['missing'])} of 150 patients, first {manifest['missing'][0]}")
+    print(f"{out}: done in {time.perf_counter() - start:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

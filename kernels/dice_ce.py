@@ -1,0 +1,304 @@
+"""
+Soft Dice and cross-entropy of a segmentation from one softmax, in two passes over memory. Triton on CUDA, plain torch
+elsewhere; NCHW logits and integer labels are read where they lie.
+
+    dice_loss, ce_loss = dice_ce(logits, target)                      # (N, C, H, W), (N, H, W)
+    loss = dice_loss + ce_loss                                        # Milletari et al. 2016, arXiv 1606.04797
+
+Maths. p = softmax(z) over the classes, y the one-hot label; sums run over the V pixels whose label is not ignored, of
+the whole batch at once ("batch Dice"); K classes are scored (C, or C - 1 without the background):
+    I_c = sum p_c y_c        D_c = smooth + sum y_c + (sum p_c^2 if squared else sum p_c)        R_c = (2 I_c + smooth) / D_c
+    dice = 1 - 1/K sum_c R_c           a_c = d dice/d p_c = 1/(K D_c) * (R_c * (2 p_c if squared else 1) - 2 y_c)
+    ce   = -1/V sum_pixels log p_y     d/dz_k = g_dice * p_k (a_k - sum_c a_c p_c) + g_ce/V * (p_k - y_k)
+A class absent from prediction and label has R_c = 1 (also with smooth=0); with every pixel ignored both losses are 0.
+
+Bytes. Let U be the logits and L the labels. Dice couples all pixels, so two passes are the least:
+    forward   R z, R L         per-program sums (at most 1024 * (3 C + 1) floats), then one program finishes them
+    backward  R z, R L, W g    in all 3 U + 2 L, peak beyond the inputs 1 U and only in the backward
+    eager     @EAGER@
+Labels of uint8 weigh an eighth of int64. Incoming gradients are multiplied in fp32 before the cast, so an fp16 gradient
+(a mean over 24*256*256 pixels: below 1e-7, where fp16 ends at 6e-8) keeps its digits under a loss scale.
+No atomics: each program adds its blocks in order, the partial sums are added in order, two runs agree bit for bit.
+"""
+
+import functools
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no wheel for macOS and Windows: the reference serves
+    triton = None
+
+PROGRAMS = 1024  # of the first pass: eight per multiprocessor of an H100, all resident, and a fixed order of the sums
+
+if triton is not None:
+
+    @triton.jit
+    def _pixel_ptrs(ptr, n, pixel, W, stride_n, stride_h, stride_w, FLAT: tl.constexpr):
+        """Addresses at the pixels of slice n (int64), class 0. FLAT: rows follow each other, no division needed."""
+        if FLAT:
+            return ptr + n * stride_n + pixel.to(tl.int64) * stride_w
+        else:
+            return ptr + n * stride_n + (pixel // W).to(tl.int64) * stride_h + (pixel % W).to(tl.int64) * stride_w
+
+    @triton.jit
+    def _log_softmax(ptrs, stride_c, mask, C: tl.constexpr):
+        """C vectors of log-probabilities. The pointer walks from class to class, so no c * stride can overflow."""
+        x = ()
+        for _ in tl.static_range(C):
+            x = x + (tl.load(ptrs, mask=mask, other=0.0).to(tl.float32),)
+            ptrs += stride_c
+        top = x[0]
+        for c in tl.static_range(1, C):
+            top = tl.maximum(top, x[c])
+        total = tl.exp(x[0] - top)
+        for c in tl.static_range(1, C):
+            total += tl.exp(x[c] - top)
+        log_total = tl.log(total)
+        out = ()
+        for c in tl.static_range(C):
+            out = out + ((x[c] - top) - log_total,)  # in this order logits of 1e4 keep their digits
+        return out
+
+    @triton.jit
+    def _thread_sum(x, VEC: tl.constexpr):
+        """Adds the VEC neighbours that one thread holds: no exchange, and an accumulator takes 1 register, not VEC."""
+        return tl.sum(tl.reshape(x, (x.shape[0] // VEC, VEC)), axis=1)
+
+    @triton.jit
+    def _sums_kernel(
+        # data ptrs
+        z_ptr,  # (N, C, H, W) logits, fp32 | fp16 | bf16
+        y_ptr,  # (N, H, W) labels, any integer
+        part_ptr,  # (3 C + 1, programs) fp32: per class sum p y, sum p^2 or p, sum y; then sum -log p_y
+        # shapes
+        HW, W, blocks, total_blocks, programs,
+        # strides
+        z_n, z_c, z_h, z_w, y_n, y_h, y_w,
+        # numbers
+        ignore,
+        # constants
+        C: tl.constexpr, SQUARED: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
+    ):
+        pid = tl.program_id(0)
+        zero = tl.zeros((BLOCK // VEC,), tl.float32)
+        acc = (zero,)
+        for _ in tl.static_range(3 * C):
+            acc = acc + (zero,)
+        block = pid
+        while block < total_blocks:
+            n = (block // blocks).to(tl.int64)
+            pixel = (block % blocks) * BLOCK + tl.arange(0, BLOCK)
+            mask = pixel < HW
+            y = tl.load(_pixel_ptrs(y_ptr, n, pixel, W, y_n, y_h, y_w, FLAT), mask=mask, other=0).to(tl.int32)
+            keep = mask & (y != ignore)
+            log_p = _log_softmax(_pixel_ptrs(z_ptr, n, pixel, W, z_n, z_h, z_w, FLAT), z_c, mask, C)
+            nll = tl.where(keep, float("nan"), 0.0)  # a label that is no class stays NaN: seen without a host sync
+            new = ()
+            for c in tl.static_range(C):
+                p = tl.where(keep, tl.exp(log_p[c]), 0.0)
+                hit = keep & (y == c)
+                nll = tl.where(hit, -log_p[c], nll)
+                new = new + (
+                    acc[3 * c] + _thread_sum(tl.where(hit, p, 0.0), VEC),
+                    acc[3 * c + 1] + _thread_sum(p * p if SQUARED else p, VEC),
+                    acc[3 * c + 2] + _thread_sum(hit.to(tl.float32), VEC),
+                )
+            acc = new + (acc[3 * C] + _thread_sum(nll, VEC),)
+            block += programs
+        for k in tl.static_range(3 * C + 1):
+            tl.store(part_ptr + k * programs + pid, tl.sum(acc[k]))
+
+    @triton.jit
+    def _finish_kernel(
+        part_ptr,  # (3 C + 1, programs) fp32
+        dice_ptr, ce_ptr,  # () fp32, the losses
+        coef_ptr,  # (2 C + 1,) fp32: a_c = coef[2c] y_c + coef[2c+1] (2 p_c or 1); last 1/V
+        programs, smooth,
+        C: tl.constexpr, FIRST: tl.constexpr, PROGRAMS: tl.constexpr,
+    ):  # fmt: skip
+        i = tl.arange(0, PROGRAMS)
+        mask = i < programs
+        dice = 0.0
+        count = 0.0
+        for c in tl.static_range(C):
+            row = part_ptr + 3 * c * programs + i
+            inter = tl.sum(tl.load(row, mask=mask, other=0.0))
+            p_sum = tl.sum(tl.load(row + programs, mask=mask, other=0.0))
+            y_sum = tl.sum(tl.load(row + 2 * programs, mask=mask, other=0.0))
+            count += y_sum
+            den = p_sum + y_sum + smooth
+            empty = den == 0.0  # smooth = 0 and the class nowhere
+            inv = tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, den))
+            ratio = tl.where(empty, 1.0, (2.0 * inter + smooth) * inv)
+            weight = 1.0 / (C - FIRST) if c >= FIRST else 0.0
+            dice += weight * (1.0 - ratio)
+            tl.store(coef_ptr + 2 * c, -2.0 * weight * inv)
+            tl.store(coef_ptr + 2 * c + 1, weight * ratio * inv)
+        inv_count = 1.0 / tl.maximum(count, 1.0)
+        tl.store(coef_ptr + 2 * C, inv_count)
+        nll = tl.load(part_ptr + 3 * C * programs + i, mask=mask, other=0.0)
+        tl.store(dice_ptr, dice)
+        tl.store(ce_ptr, tl.sum(nll) * inv_count)
+
+    @triton.jit
+    def _grad_kernel(
+        # data ptrs
+        z_ptr,  # (N, C, H, W) logits, fp32 | fp16 | bf16
+        y_ptr,  # (N, H, W) labels, any integer
+        g_ptr,  # (N, C, H, W) gradient of the logits, their dtype
+        coef_ptr,  # (2 C + 1,) fp32, from _finish_kernel
+        up_dice_ptr, up_ce_ptr,  # () fp32, the incoming gradients
+        # shapes
+        HW, W, blocks,
+        # strides
+        z_n, z_c, z_h, z_w, y_n, y_h, y_w, g_n, g_c, g_h, g_w,
+        # numbers
+        ignore,
+        # constants
+        C: tl.constexpr, SQUARED: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
+    ):
+        pid = tl.program_id(0)
+        n = (pid // blocks).to(tl.int64)
+        pixel = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
+        mask = pixel < HW
+        y = tl.load(_pixel_ptrs(y_ptr, n, pixel, W, y_n, y_h, y_w, FLAT), mask=mask, other=0).to(tl.int32)
+        keep = mask & (y != ignore)
+        log_p = _log_softmax(_pixel_ptrs(z_ptr, n, pixel, W, z_n, z_h, z_w, FLAT), z_c, mask, C)
+        up_dice = tl.load(up_dice_ptr)
+        up_ce = tl.load(up_ce_ptr) * tl.load(coef_ptr + 2 * C)
+        p, a = (), ()
+        dot = tl.zeros((BLOCK,), tl.float32)
+        for c in tl.static_range(C):
+            pc = tl.exp(log_p[c])
+            on_label = up_dice * tl.load(coef_ptr + 2 * c)
+            on_prob = up_dice * tl.load(coef_ptr + 2 * c + 1)
+            ac = tl.where(y == c, on_label, 0.0) + on_prob * (2.0 * pc if SQUARED else 1.0)
+            p, a = p + (pc,), a + (ac,)
+            dot += ac * pc
+        ptrs = _pixel_ptrs(g_ptr, n, pixel, W, g_n, g_h, g_w, FLAT)
+        for c in tl.static_range(C):
+            grad = p[c] * (a[c] - dot) + up_ce * (p[c] - tl.where(y == c, 1.0, 0.0))
+            tl.store(ptrs, tl.where(keep, grad, 0.0).to(g_ptr.dtype.element_ty), mask=mask)
+            ptrs += g_c
+
+
+def _geometry(logits, *others):
+    """Vector width, pixels per block, blocks per slice, and whether every tensor's rows follow each other."""
+    _, c, h, w = logits.shape
+    # Four warps, 16 bytes per thread and load: 4 pixels of fp32, 8 of the half types; past 8 classes 8 would spill.
+    vec = 16 // logits.element_size() if c <= 8 else 4
+    flat = h == 1 or all(x.stride(-2) == w * x.stride(-1) for x in (logits, *others))
+    return vec, 128 * vec, -(-h * w // (128 * vec)), flat
+
+
+class _DiceCE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, target, smooth, squared, first, ignore):
+        n, c, h, w = logits.shape
+        vec, block, blocks, flat = _geometry(logits, target)
+        programs = min(n * blocks, PROGRAMS)
+        part = logits.new_empty((3 * c + 1, programs), dtype=torch.float32)
+        dice, ce = (logits.new_empty((), dtype=torch.float32) for _ in range(2))
+        coef = logits.new_empty(2 * c + 1, dtype=torch.float32)
+        with torch.cuda.device_of(logits):
+            _sums_kernel[(programs,)](
+                logits, target, part, h * w, w, blocks, n * blocks, programs,
+                *logits.stride(), *target.stride(), ignore,
+                C=c, SQUARED=squared, FLAT=flat, BLOCK=block, VEC=vec, num_warps=4,
+            )  # fmt: skip
+            _finish_kernel[(1,)](
+                part, dice, ce, coef, programs, smooth, C=c, FIRST=first, PROGRAMS=PROGRAMS, num_warps=4
+            )
+        ctx.save_for_backward(logits, target, coef)
+        ctx.args = squared, ignore
+        return dice, ce
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, up_dice, up_ce):
+        logits, target, coef = ctx.saved_tensors
+        squared, ignore = ctx.args
+        n, c, h, w = logits.shape
+        grad = torch.empty_like(logits)
+        _, block, blocks, flat = _geometry(logits, target, grad)
+        with torch.cuda.device_of(logits):
+            _grad_kernel[(n * blocks,)](
+                logits, target, grad, coef, up_dice, up_ce, h * w, w, blocks,
+                *logits.stride(), *target.stride(), *grad.stride(), ignore,
+                C=c, SQUARED=squared, FLAT=flat, BLOCK=block, num_warps=4,
+            )  # fmt: skip
+        return grad, None, None, None, None, None
+
+
+# ---- public ----------------------------------------------------------------------------------------------------------
+
+
+def dice_ce(logits, target, *, smooth=1e-5, squared=True, include_background=True, ignore_index=-100):
+    """
+    (dice_loss, ce_loss), two scalars, fp32 (fp64 from fp64): 1 - mean over classes of the batch's soft Dice, and mean
+    cross-entropy, both over the pixels whose label is not `ignore_index`.
+
+    logits: (N, C, H, W) floating, any strides, gets the gradient; target: (N, H, W) integer, 0..C-1 or ignore_index.
+    squared: p^2 in Dice's denominator (V-Net), else p (MONAI's default); include_background: class 0 counts in Dice.
+    Kernel for 2..16 classes below fp64, the reference for all else. ValueError for other shapes, dtypes, smooth < 0.
+    A label that is no class: IndexError from the reference, NaN in ce_loss from the kernel (a check is a host sync).
+    """
+    if logits.dim() != 4 or logits.shape[1] < 2 or target.shape != (logits.shape[0], *logits.shape[2:]):
+        raise ValueError(f"want (N, C >= 2, H, W) and (N, H, W), got {tuple(logits.shape)} and {tuple(target.shape)}")
+    if not logits.is_floating_point() or target.is_floating_point() or target.is_complex():
+        raise ValueError(f"want floating logits and integer labels, got {logits.dtype} and {target.dtype}")
+    if logits.device != target.device:
+        raise ValueError(f"logits on {logits.device}, labels on {target.device}")
+    if not smooth >= 0:
+        raise ValueError(f"smooth must be >= 0, got {smooth}")
+    if not _use_triton(logits):
+        return dice_ce_reference(
+            logits, target, smooth=smooth, squared=squared, include_background=include_background,
+            ignore_index=ignore_index,
+        )  # fmt: skip
+    apply = _DiceCE.apply
+    if torch.compiler.is_compiling():  # the graph breaks around the launch
+        apply = torch.compiler.disable(apply)
+    return apply(logits, target, float(smooth), bool(squared), 0 if include_background else 1, int(ignore_index))
+
+
+def dice_ce_reference(logits, target, *, smooth=1e-5, squared=True, include_background=True, ignore_index=-100):
+    """`dice_ce` in plain torch, fp32 inside (fp64 from fp64)."""
+    x = logits if logits.dtype == torch.float64 else logits.float()
+    target = target.long()
+    keep = target != ignore_index  # (N, H, W)
+    log_p = F.log_softmax(x, 1)
+    ce = F.nll_loss(log_p, target, ignore_index=ignore_index, reduction="sum") / keep.sum().clamp(min=1)
+
+    p = log_p.exp() * keep.unsqueeze(1)
+    classes = torch.arange(x.shape[1], device=x.device).view(1, -1, 1, 1)
+    y = (target.unsqueeze(1) == classes) & keep.unsqueeze(1)  # (N, C, H, W) bool
+    inter = (p * y).sum((0, 2, 3))
+    total = (p.square() if squared else p).sum((0, 2, 3)) + y.sum((0, 2, 3))
+    if not include_background:
+        inter, total = inter[1:], total[1:]
+    num, den = 2 * inter + smooth, total + smooth
+    empty = den == 0  # smooth = 0 and the class nowhere
+    ratio = torch.where(empty, 1, num / torch.where(empty, 1, den))
+    return 1 - ratio.mean(), ce
+
+
+def _use_triton(x):
+    if x.numel() == 0 or not 2 <= x.shape[1] <= 16 or x.dtype == torch.float64:
+        return False
+    if x.is_cuda:
+        return triton is not None or _warn_no_triton()
+    # TRITON_INTERPRET counts at decoration, so the kernel's type tells and the environment of today does not.
+    return x.device.type == "cpu" and triton is not None and not isinstance(_sums_kernel, triton.JITFunction)
+
+
+@functools.cache
+def _warn_no_triton():
+    warnings.warn("Triton is not installed: the losses run in plain torch", stacklevel=3)
+    return False

@@ -1,0 +1,175 @@
+"""models.py: sizes, any input, the one inference path, checkpoints whole or refused."""
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import models
+from models import CheckpointError, UNet, count_parameters, load_model, save_checkpoint, segment_volume, standardize
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return UNet(3, 4).eval()
+
+
+def test_parameter_counts():
+    with torch.device("meta"):
+        teacher, student = count_parameters(UNet(6, 64)), count_parameters(UNet(4, 16))
+    assert round(teacher / 1e6, 1) == 124.4
+    assert round(student / 1e6, 4) == 0.4825
+    assert round(teacher / student, 1) == 257.8
+
+
+def test_macs_by_hand():
+    # [2, 1] at 4 x 4: 16 pixels of 9 + 9; 4 of 2 * 9 + 4 * 9; up 4 * 4 * 2; merge 16 of 2 * 9 + 9; head 16 * 4
+    assert models.count_macs(UNet(2, 1), 4) == 16 * 18 + 4 * 54 + 32 + 16 * 27 + 64
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (17, 31), (64, 63), (16, 16)])
+def test_any_input_size(net, shape):
+    assert net(torch.randn(2, 1, *shape)).shape == (2, 4, *shape)
+
+
+def test_padding_leaves_divisible_inputs_alone(net):
+    """A padded input's logits equal those of the input padded by hand."""
+    x = torch.randn(1, 1, 18, 21)
+    by_hand = net(F.pad(x, (0, 3, 0, 2), mode="replicate"))
+    torch.testing.assert_close(net(x), by_hand[..., :18, :21])
+
+
+def test_gradient_reaches_every_parameter(net):
+    net(torch.randn(2, 1, 16, 16)).square().sum().backward()
+    for name, p in net.named_parameters():
+        assert p.grad is not None, name
+        assert p.grad.abs().sum() > 0, name
+
+
+def test_standardize():
+    x = standardize(torch.tensor([[[[1.0, 3.0]]], [[[5.0, 5.0]]]]))
+    torch.testing.assert_close(x, torch.tensor([[[[-1.0, 1.0]]], [[[0.0, 0.0]]]]))
+
+
+def test_segment_volume_heart_by_hand(net):
+    volume = np.random.default_rng(0).random((3, 30, 20)).astype(np.float32)
+    volume -= volume.min()
+    volume /= volume.max()
+    labels, probs = segment_volume(net, volume, size=16, return_probs=True)
+    window = torch.from_numpy(volume[:, None, 7:23, 2:18])
+    expected = net(standardize(window)).softmax(1).detach().numpy()
+    np.testing.assert_allclose(probs[:, :, 7:23, 2:18], expected, atol=1e-5)
+    outside = np.ones((30, 20), bool)
+    outside[7:23, 2:18] = False
+    assert (labels[:, outside] == 0).all()
+    assert (probs[:, 0][:, outside] == 1).all()
+    np.testing.assert_array_equal(labels, probs.argmax(1))
+
+
+def test_segment_volume_whole_returns_to_the_native_grid(net):
+    volume = np.random.default_rng(0).random((2, 30, 20)).astype(np.float32)
+    volume = (volume - volume.min()) / (volume.max() - volume.min())
+    _, probs = segment_volume(net, volume, size=16, view="whole", return_probs=True)
+    small = F.interpolate(torch.from_numpy(volume)[:, None], (16, 16), mode="bilinear", antialias=True)
+    expected = F.interpolate(net(standardize(small)), (30, 20), mode="bilinear").softmax(1)
+    np.testing.assert_allclose(probs, expected.detach().numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("view", ["heart", "whole"])
+def test_segment_volume_batch_scale_and_mode_do_not_matter(net, view):
+    volume = np.random.default_rng(1).random((5, 21, 33))
+    one = segment_volume(net, volume, size=16, view=view, batch=1)
+    net.train()
+    other = segment_volume(net, (1000 * volume).astype(np.float64) + 7, size=16, view=view, batch=4)
+    assert net.training
+    assert (one == other).mean() > 0.999
+    assert one.dtype == np.uint8
+    assert one.shape == volume.shape
+
+
+def test_segment_volume_refuses(net):
+    with pytest.raises(ValueError, match="Z, Y, X"):
+        segment_volume(net, np.zeros((4, 4)), size=16)
+    with pytest.raises(ValueError, match="NaN"):
+        segment_volume(net, np.full((1, 4, 4), np.nan), size=16)
+    assert segment_volume(net, np.zeros((1, 4, 4)), size=16).shape == (1, 4, 4)          # constant: no division by 0
+
+
+def content(net, **changes):
+    return {"networks": {"student": net.state_dict()}, "architecture": net.architecture, "better": "student",
+            "inference": {"view": "heart", "size": 16}, **changes}
+
+
+def test_checkpoint_round_trip(net, tmp_path):
+    save_checkpoint(tmp_path / "best.pt", content(net))
+    loaded, checkpoint = load_model(tmp_path / "best.pt")
+    x = torch.randn(1, 1, 16, 16)
+    torch.testing.assert_close(loaded(x), net(x))
+    assert checkpoint["inference"] == {"view": "heart", "size": 16}
+    assert not loaded.training
+    assert os.listdir(tmp_path) == ["best.pt"]
+
+
+def test_failed_save_keeps_the_old_file(net, tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "best.pt", content(net))
+    before = (tmp_path / "best.pt").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(tmp_path / "best.pt", content(UNet(2, 2)))
+    assert (tmp_path / "best.pt").read_bytes() == before
+    assert os.listdir(tmp_path) == ["best.pt"]
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_bad_checkpoints_get_one_line(net, tmp_path):
+    save_checkpoint(tmp_path / "good.pt", content(net))
+    whole = (tmp_path / "good.pt").read_bytes()
+    (tmp_path / "truncated.pt").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    torch.save({"weights": 1}, tmp_path / "foreign.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    (tmp_path / "bomb.pt").write_bytes(pickle.dumps(Bomb(tmp_path / "executed")))
+    torch.save({"x": Bomb(tmp_path / "executed")}, tmp_path / "bomb2.pt")
+    save_checkpoint(tmp_path / "widths.pt", content(net, architecture={**net.architecture, "base": 8}))
+    save_checkpoint(tmp_path / "less.pt", {"networks": {}})
+    save_checkpoint(tmp_path / "inference.pt", content(net, inference={}))
+    bad = sorted(tmp_path.glob("*.pt"))
+    assert len(bad) == 11
+    for path in [*bad, tmp_path / "absent.pt", tmp_path]:
+        if path.name != "good.pt":
+            with pytest.raises(CheckpointError) as error:
+                load_model(path)
+            assert str(path) in str(error.value)
+            assert "\n" not in str(error.value)
+    assert not (tmp_path / "executed").exists()
+    with pytest.raises(CheckpointError, match="coteacher"):
+        load_model(tmp_path / "good.pt", which="coteacher")
+    assert models.load_checkpoint(tmp_path / "good.pt")["better"] == "student"
+
+
+def test_copied_alone(tmp_path):
+    shutil.copy(ROOT / "models.py", tmp_path)
+    code = ("import numpy as np, models; net = models.UNet(4, 16); "
+            "print(models.segment_volume(net, np.random.rand(2, 40, 30), 32).shape, models.count_parameters(net))")
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.stdout.strip() == "(2, 40, 30) 482500", result.stderr

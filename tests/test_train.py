@@ -1,0 +1,354 @@
+"""train_actnet.py: what it draws, what it computes, what it leaves behind when killed, misused or out of numbers."""
+import ast
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import train_actnet
+from models import load_checkpoint, load_model
+from train_actnet import PRESETS, Config, Slices, main
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--cpu", "--student", "2", "4", "--teacher", "2", "8", "--size", "32", "--batch", "4", "--labeled-batch", "2",
+         "--labeled", "2", "--iters", "4", "--val-every", "2", "--log-every", "1", "--precision", "fp32"]
+
+
+def heart(rng, shape):
+    """A bright disc in a dark ring beside a bright disc, and noise: (Y, X) image in 0..1 and its labels."""
+    y, x = np.mgrid[:shape[0], :shape[1]] - np.array(shape)[:, None, None] / 2 + rng.uniform(-2, 2, (2, 1, 1))
+    left, right = np.hypot(y, x - 3), np.hypot(y, x + 9)
+    label = np.select([left < 4, left < 7, right < 5], [3, 2, 1], 0)
+    image = np.array([0.35, 0.8, 0.1, 0.9])[label] + rng.normal(0, 0.03, shape)
+    return np.clip(image, 0, 1).astype(np.float32), label.astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A prepared folder: 4 train, 1 val and 1 test patient, 3 slices of odd sizes a volume."""
+    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    (root / "data" / "slices").mkdir(parents=True)
+    patients = dict(train=["patient099", "patient038", "patient050", "patient100"], val=["patient028"],
+                    test=["patient011"], official=[])
+    slices = []
+    for split, names in patients.items():
+        volumes = [f"{name}_frame{frame}" for name in names for frame in ("01", "02")]
+        (root / f"{split}.list").write_text("".join(v + "\n" for v in volumes))
+        for volume in volumes:
+            drawn = [heart(rng, (45, 52)) for _ in range(3)]
+            image, label = (np.stack(part) for part in zip(*drawn, strict=True))
+            files = [(f"slices/{volume}_slice_{i + 1}", image[i], label[i]) for i in range(3)] if split == "train" \
+                else [(volume, image, label)]
+            for name, i, k in files:
+                with h5py.File(root / "data" / f"{name}.h5", "w") as f:
+                    f["image"], f["label"] = i, k
+                    f.attrs["spacing"] = (10.0, 1.5, 1.5)
+            slices += [Path(name).name for name, _, _ in files if split == "train"]
+    (root / "train_slices.list").write_text("".join(s + "\n" for s in slices))
+    return root
+
+
+def run(data, out, *more):
+    assert main(["--data", str(data), "--out", str(out), *SMALL, *map(str, more)]) == 0
+    with open(out / "log.csv") as f:
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
+
+
+def config(data, **changes):
+    return Config(data=str(data), **{"labeled": 2, "size": 32, "batch": 4, "labeled_batch": 2, **changes})
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+def test_every_option_is_read():
+    tree = ast.parse((ROOT / "train_actnet.py").read_text())
+    read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+            and getattr(node.value, "id", getattr(node.value, "attr", "")) == "cfg"}
+    names = {f.name for f in fields(Config)}
+    assert names <= read, names - read
+    assert all(preset.keys() <= names for preset in PRESETS.values())
+
+
+def test_batches_pass_over_both_pools_evenly(data):
+    slices = Slices(config(data, batch=5), torch.device("cpu"))
+    assert (slices.n_labeled, len(slices.names)) == (12, 24)
+    assert slices.patients == ["patient099", "patient038"]
+    drawn = [slices.indices(step) for step in range(24)]
+    assert all(n == 2 and len(i) == 5 for i, n in drawn)
+    labeled, unlabeled = np.concatenate([i[:2] for i, _ in drawn]), np.concatenate([i[2:] for i, _ in drawn])
+    np.testing.assert_array_equal(np.bincount(labeled, minlength=24), [4] * 12 + [0] * 12)
+    np.testing.assert_array_equal(np.bincount(unlabeled, minlength=24), [0] * 12 + [6] * 12)
+    assert list(labeled[:12]) != list(labeled[12:24])                                    # each pass has its own order
+
+
+def test_batch_larger_than_the_set(data):
+    slices = Slices(config(data, batch=64, labeled_batch=30), torch.device("cpu"))
+    x, y, _ = slices.batch(0)
+    assert (x.shape, y.shape) == ((64, 1, 32, 32), (30, 32, 32))
+    assert np.bincount(slices.indices(0)[0], minlength=24).min() >= 2
+
+
+def test_batches_depend_on_seed_and_step_alone(data):
+    one, two = (Slices(config(data), torch.device("cpu")) for _ in range(2))
+    for step in (5, 0):
+        (x1, y1, r1), (x2, y2, r2) = one.batch(step), two.batch(step)
+        torch.testing.assert_close(x1, x2, rtol=0, atol=0)
+        assert torch.equal(y1, y2)
+        assert torch.equal(one.perturb(x1, r1, 1.0), two.perturb(x2, r2, 1.0))
+    assert not torch.equal(one.batch(1)[0], two.batch(0)[0])
+    other = Slices(config(data, seed=1), torch.device("cpu"))
+    assert not torch.equal(other.batch(0)[0], one.batch(0)[0])
+
+
+@pytest.mark.parametrize("view", ["heart", "whole"])
+def test_labels_follow_the_image(data, view):
+    """After the geometry every label still sits on its own brightness."""
+    slices = Slices(config(data, view=view, size={"heart": 32, "whole": 64}[view]), torch.device("cpu"))
+    x, y, _ = slices.batch(3)
+    for label, brightness in enumerate([0.35, 0.8, 0.1, 0.9]):
+        assert abs(x[:2, 0][y == label].median() - brightness) < 0.05
+
+
+def test_perturbation_differs_between_draws_and_keeps_the_slice_normal(data):
+    slices = Slices(config(data), torch.device("cpu"))
+    x, _, rng = slices.batch(0)
+    strong, mild = slices.perturb(x, rng, 1.0), slices.perturb(x, rng, 0.25)
+    clean = slices.perturb(x, rng, 0.0)
+    assert clean.mean().abs() < 1e-4
+    assert abs(clean.std() - 1) < 1e-2
+    assert (strong - clean).abs().mean() > (mild - clean).abs().mean() > 0
+
+
+def test_cutmix_boxes_spare_the_labeled(data):
+    slices = Slices(config(data, cutmix=1.0), torch.device("cpu"))
+    mask = slices.boxes(2, 6, np.random.default_rng(0))
+    share = mask.float().mean((1, 2, 3))
+    assert mask.shape == (6, 1, 32, 32)
+    assert (share[:2] == 0).all()
+    assert ((share[2:] > 0.04) & (share[2:] < 0.3)).all()                                # a quarter to half of the side
+    assert not Slices(config(data, cutmix=0.0), torch.device("cpu")).boxes(2, 6, np.random.default_rng(0)).any()
+
+
+# ------------------------------------------------------------------------------------------------------------- runs
+
+@pytest.mark.parametrize(("method", "more", "present"), [
+    ("sup", [], set()),
+    ("mt", [], {"co"}),
+    ("mt", ["--consistency", "mse"], {"co"}),
+    ("kd", [], {"kd", "teacher"}),
+    ("kd", ["--distill", "mse", "--tau", 20], {"kd", "teacher"}),
+    ("act", [], {"kd", "co", "teacher"}),
+    ("act", ["--labeled", 4, "--consistency", "mse", "--view", "whole"], {"kd", "co", "teacher"}),
+    ("act", ["--batch", 2, "--labeled-batch", 1, "--optimizer", "sgd", "--dice", "squared"], {"kd", "co", "teacher"}),
+    ("mt", ["--network", "teacher"], {"co"}),
+])
+def test_terms_of_each_method(data, tmp_path, method, more, present):
+    rows = run(data, tmp_path / "run", "--method", method, "--ramp", 0, "--confidence", 0, *more)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for row in rows[1:]:                                # at step 0 the co-teacher equals the student: co may be 0
+        assert {k for k in ("kd", "co", "teacher") if row[k] > 0} == present
+        assert row["loss"] == pytest.approx(row["dice"] + row["ce"] + row["kd"] + row["co"], abs=1e-5)
+    assert ("val_coteacher" in rows[-1]) == (method in ("mt", "act"))
+    net, checkpoint = load_model(tmp_path / "run" / "best.pt")
+    assert net.architecture["base"] == (8 if "--network" in more else 4)
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "config.json", "log.csv", "curves.png", "best.pt", "last.pt", "summary.json"}
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert written["labeled_patients"][:2] == ["patient099", "patient038"]
+    assert checkpoint["config"]["method"] == written["config"]["method"] == method
+
+
+def test_coteacher_is_the_moving_average_of_the_student(data, tmp_path, monkeypatch):
+    seen = []
+
+    def keep(path, content):
+        if path.name == "last.pt":
+            seen.append({k: {n: t.clone() for n, t in net.items()} for k, net in content["networks"].items()})
+    monkeypatch.setattr(train_actnet, "save_checkpoint", keep)
+    run(data, tmp_path / "run", "--method", "mt", "--ema", 0.6, "--val-every", 1)
+    assert len(seen) == 4
+    for step, (before, after) in enumerate(zip([None] + seen, seen, strict=False)):
+        decay = min(0.6, step / (step + 1))
+        for name, s in after["student"].items():
+            c = after["coteacher"][name]
+            if s.is_floating_point():
+                expected = s if step == 0 else decay * before["coteacher"][name] + (1 - decay) * s
+                torch.testing.assert_close(c, expected)
+    moved = [n for n, t in seen[-1]["student"].items() if not torch.equal(t, seen[-1]["coteacher"][n])]
+    assert any("running_var" in n for n in moved)
+    assert any("head.weight" in n for n in moved)
+
+
+def test_frozen_teacher_stays_and_teaches(data, tmp_path):
+    run(data, tmp_path / "teacher", "--method", "sup", "--network", "teacher")
+    ckpt = tmp_path / "teacher" / "best.pt"
+    rows = run(data, tmp_path / "run", "--teacher-ckpt", ckpt, "--ramp", 0)
+    assert all(row["kd"] > 0 and row["teacher"] == 0 for row in rows)
+    before, after = load_checkpoint(ckpt), load_checkpoint(tmp_path / "run" / "last.pt")
+    for name, tensor in before["networks"]["student"].items():
+        assert torch.equal(tensor, after["networks"]["teacher"][name]), name
+
+
+def test_learns(data, tmp_path):
+    rows = run(data, tmp_path / "run", "--method", "sup", "--iters", 150, "--val-every", 150, "--batch", 8,
+               "--student", 3, 8)
+    assert rows[-1]["val_student"] > 0.8
+    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
+
+
+def start(data, out, *more):
+    return subprocess.Popen([sys.executable, str(ROOT / "train_actnet.py"), "--data", str(data), "--out", str(out),
+                             *SMALL, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(out, step, process):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (out / "log.csv").exists() and len((out / "log.csv").read_text().splitlines()) > step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(process.communicate())
+
+
+def test_killed_and_resumed_equals_unbroken(data, tmp_path):
+    more = ["--iters", "12", "--val-every", "3"]
+    run(data, tmp_path / "whole", *more)
+    process = start(data, tmp_path / "killed", *more)
+    wait_for_step(tmp_path / "killed", 5, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert load_checkpoint(tmp_path / "killed" / "last.pt")["step"] < 12
+    assert main(["--resume", str(tmp_path / "killed")]) == 0
+    whole, resumed = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "killed"))
+    for net in ("student", "coteacher", "teacher"):
+        for name, tensor in whole["networks"][net].items():
+            assert torch.equal(tensor, resumed["networks"][net][name]), (net, name)
+    assert whole["best"] == resumed["best"]
+    logs = []
+    for name in ("whole", "killed"):
+        with open(tmp_path / name / "log.csv") as f:
+            logs.append([{k: v for k, v in row.items() if k not in ("seconds", "slices_per_s")}
+                         for row in csv.DictReader(f)])
+    assert logs[0] == logs[1]
+
+
+def test_sigterm_saves_and_says_how_to_go_on(data, tmp_path):
+    process = start(data, tmp_path / "run", "--iters", "100000", "--val-every", "100000")
+    wait_for_step(tmp_path / "run", 3, process)
+    process.terminate()
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "SIGTERM" in out
+    assert f"--resume {tmp_path / 'run'}" in out
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] >= 3
+
+
+def test_minutes_stops_and_iters_extends(data, tmp_path, capsys):
+    run(data, tmp_path / "run", "--minutes", "1e-9")
+    assert "--minutes" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 1
+    assert main(["--resume", str(tmp_path / "run"), "--minutes", "0", "--iters", "5"]) == 0
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 5
+    capsys.readouterr()
+    assert main(["--resume", str(tmp_path / "run")]) == 2                                # nothing left to do
+    assert main(["--resume", str(tmp_path / "run"), "--lr", "1"]) == 2                   # may not change
+    assert "--lr" in capsys.readouterr().err
+
+
+def test_infinite_loss_stops_with_its_step_and_slices(data, tmp_path, capsys):
+    run(data, tmp_path / "run")
+    good = (tmp_path / "run" / "last.pt").read_bytes()
+    checkpoint = load_checkpoint(tmp_path / "run" / "last.pt")
+    next(iter(checkpoint["networks"]["student"].values()))[0] = float("nan")
+    train_actnet.save_checkpoint(tmp_path / "run" / "last.pt", checkpoint)
+    poisoned = (tmp_path / "run" / "last.pt").read_bytes()
+    assert poisoned != good
+    assert main(["--resume", str(tmp_path / "run"), "--iters", "9"]) == 2
+    error = capsys.readouterr().err
+    assert "step 4:" in error
+    assert "nan" in error
+    names = [Slices(config(data), torch.device("cpu")).names[i] for i in
+             Slices(config(data), torch.device("cpu")).indices(4)[0]]
+    assert all(name in error for name in names)
+    assert (tmp_path / "run" / "last.pt").read_bytes() == poisoned                       # nothing written after it
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    (["--gpu", "99"], "--gpu 99"),
+    (["--labeled", "9"], "4 training patients"),
+    (["--labeled", "0"], "--labeled 0"),
+    (["--labeled-batch", "5"], "--labeled-batch 5"),
+    (["--network", "teacher"], "teacher"),
+    (["--teacher-ckpt", "absent.pt", "--method", "kd"], "absent.pt"),
+    (["--data", "nowhere"], "nowhere"),
+    (["--resume", "nowhere"], "nowhere"),
+    (["--iters", "0"], "--iters 0"),
+    (["--size", "0"], "--size 0"),
+    (["--out", "file/run"], "file"),
+])
+def test_errors_are_one_line(data, tmp_path, capsys, monkeypatch, options, says):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    given = SMALL if options[0] != "--gpu" else SMALL[1:]
+    given = ["--data", str(data), *given] if options[0] != "--resume" else []
+    assert main([*given, *options]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+    assert os.listdir() == ["file"]
+
+
+def test_unknown_option_and_choice():
+    for options in (["--labelled", "7"], ["--method", "magic"], ["--student", "4"], ["--iters", "many"]):
+        with pytest.raises(SystemExit) as error:
+            main(options)
+        assert error.value.code == 2
+
+
+def test_run_folder_is_never_overwritten(data, tmp_path, monkeypatch, capsys):
+    run(data, tmp_path / "run")
+    assert main(["--data", str(data), "--out", str(tmp_path / "run"), *SMALL]) == 2
+    assert "--resume" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    for expected in ("runs/act-2-seed0", "runs/act-2-seed0-2"):
+        assert main(["--data", str(data), *SMALL, "--iters", "1"]) == 0
+        assert Path(expected, "best.pt").exists()
+
+
+def test_demo_from_nothing_to_a_table(tmp_path):
+    """The whole chain as a newcomer starts it, cut to a few steps."""
+    result = subprocess.run([sys.executable, str(ROOT / "train_actnet.py"), "--demo", "--iters", "2", "--cpu"],
+                            cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stderr
+    for word in ("RV", "MYO", "LV", "Dice", "HD95"):
+        assert word in result.stdout
+    assert list(tmp_path.glob("runs/demo-act-3-seed0/test/*.png"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_step_never_waits(data):
+    """Drawing, augmentation and mixing enqueue work without a host sync."""
+    slices = Slices(config(data), torch.device("cuda"))
+    slices.batch(0)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(10):
+            x, y, rng = slices.batch(step)
+            slices.perturb(x, rng, 1.0)
+            slices.boxes(len(y), len(x), rng)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+

@@ -1,0 +1,514 @@
+"""Train the ACT-Net student from a few labelled patients: teacher, co-teacher and student in one run.
+
+    L_seg = L_dice + L_ce                              labelled slices
+    L_kd  = distance(softmax(s / tau), softmax(t / tau))   teacher -> student, all slices          (Hete-KD)
+    L_co  = distance(softmax(s), softmax(c))               co-teacher -> student, other perturbation (Homo-KD)
+    L_stu = L_seg + lambda_kd * L_kd + lambda_co * L_co
+    theta_c <- ema * theta_c + (1 - ema) * theta_s     after every step, batch-norm statistics too
+
+Zhao, Zhu, Zeng, Veeravalli, Guan: "ACT-Net: Asymmetric Co-Teacher Network for Semi-supervised Memory-efficient Medical
+Image Segmentation", ICIP 2022, arXiv 2207.01900. Where this script departs from it: README, "Deviations".
+
+    python train_actnet.py --demo                              # synthetic hearts, minutes on a laptop
+    python train_actnet.py --labeled 7 --gpu 0                 # ACDC prepared by data_prep.py in data/ACDC
+    python train_actnet.py --labeled 7 --cpu --preset cpu      # the same on two cores
+    python train_actnet.py --resume runs/act-7-seed0
+"""
+import argparse
+import csv
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from tqdm import tqdm
+
+import data_prep
+import evaluate
+import models
+from kernels.dice_ce import dice_ce
+from kernels.softmax_kl import softmax_kl, softmax_mse
+from models import UNet, count_parameters, load_checkpoint, save_checkpoint, segment_volume
+
+
+class UserError(Exception):
+    """Something the user can mend: one line, exit code 2."""
+
+
+def option(default, text, choices=None):
+    return field(default=default, metadata=dict(help=text, choices=choices))
+
+
+@dataclass
+class Config:
+    data: str = option("data/ACDC", "prepared folder")
+    out: str = option("", "run folder [runs/METHOD-LABELED-seedSEED]")
+    labeled: int = option(7, "annotated patients, the first of the train order; the rest are used without labels")
+    method: str = option("act", "sup: labelled only; mt: + co-teacher; kd: + teacher; act: all",
+                         ("sup", "mt", "kd", "act"))
+    network: str = option("student", "which network is trained; teacher only with sup and mt", ("student", "teacher"))
+    teacher_ckpt: str = option("", "best.pt of a trained teacher: frozen instead of trained along")
+    gpu: int = option(-1, "CUDA device [the first, if any]")
+    cpu: bool = option(False, "train on the CPU")
+    seed: int = option(0, "of weights, batches and augmentation")
+    iters: int = option(30000, "steps")
+    minutes: float = option(0.0, "stop and save after so long; 0: never")
+    batch: int = option(24, "slices per step")
+    labeled_batch: int = option(12, "of these with labels")
+    size: int = option(160, "side of the training window, pixels")
+    view: str = option("heart", "heart: window around the centre at native resolution; whole: slice squeezed to size",
+                       ("heart", "whole"))
+    teacher: tuple = option((6, 64), "depth and base width")
+    student: tuple = option((4, 16), "depth and base width")
+    optimizer: str = option("adamw", "adamw: weight decay 0.05; sgd: momentum 0.9, weight decay 1e-4",
+                            ("adamw", "sgd"))
+    lr: float = option(3e-3, "first learning rate; falls as (1 - step / iters) ** 0.9")
+    dice: str = option("linear", "linear: denominator p + y, foreground; squared: p^2 + y^2, background too",
+                       ("linear", "squared"))
+    distill: str = option("kl", "distance of L_kd", ("kl", "mse"))
+    tau: float = option(1.0, "temperature of L_kd")
+    lambda_kd: float = option(1.0, "weight of L_kd")
+    consistency: str = option("pseudo", "L_co: mse of probabilities, or pseudo: Dice + CE against hard labels",
+                              ("mse", "pseudo"))
+    confidence: float = option(0.9, "pseudo: co-teacher's probability below which a pixel is left out")
+    lambda_co: float = option(1.0, "weight of L_co")
+    ema: float = option(0.99, "decay of the co-teacher")
+    ramp: float = option(0.2, "fraction of the run over which both lambdas rise, exp(-5 (1 - t)^2)")
+    cutmix: float = option(0.5, "probability that an unlabelled slice gets a box of another")
+    intensity: float = option(1.0, "strength of gamma, contrast, brightness and noise")
+    precision: str = option("auto", "bf16 where the device computes in it", ("auto", "bf16", "fp32"))
+    val_every: int = option(500, "steps between validations and checkpoints")
+    log_every: int = option(20, "steps between rows of log.csv")
+
+
+PRESETS = {
+    "paper": dict(view="whole", size=256, batch=24, labeled_batch=12, iters=30000, optimizer="sgd", lr=0.01,
+                  dice="squared", distill="mse", tau=20.0, consistency="mse", cutmix=0.0, intensity=0.3),
+    "cpu": dict(size=128, batch=16, labeled_batch=8, iters=1000, teacher=(4, 32), val_every=100, log_every=10),
+    "demo": dict(data="data/phantom", labeled=3, size=96, batch=16, labeled_batch=8, iters=120, teacher=(4, 16),
+                 student=(4, 8), val_every=40, log_every=10),
+}
+MAY_CHANGE = {"iters", "minutes", "gpu", "cpu", "out", "data"}          # on --resume
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+class Slices:
+    """The training slices, cut or resized once, on `device`; batches are drawn and augmented there. Everything random
+    is a function of (seed, step), so a resumed run goes on with the same batches."""
+
+    def __init__(self, cfg, device):
+        self.cfg, self.device = cfg, device
+        # A turned and scaled window of `size` mostly stays inside size + 64.
+        self.side = cfg.size + 64 if cfg.view == "heart" else cfg.size
+        names, images, labels = [], [], []
+        for name, image, label in data_prep.read_slices(cfg.data):
+            image, label = torch.from_numpy(image)[None, None], torch.from_numpy(label)[None, None].float()
+            if cfg.view == "heart":
+                image, label = self.window(image, "replicate"), self.window(label, "constant")
+            else:
+                image = F.interpolate(image, (self.side, self.side), mode="bilinear", antialias=True)
+                label = F.interpolate(label, (self.side, self.side), mode="nearest-exact")
+            names.append(name)
+            images.append(image[0].half())
+            labels.append(label[0].to(torch.uint8))
+        self.names = names
+        self.images, self.labels = torch.stack(images).to(device), torch.stack(labels).to(device)    # (N, 1, S, S)
+        patients = list(dict.fromkeys(name[:10] for name in names))
+        if not 1 <= cfg.labeled <= len(patients):
+            raise UserError(f"--labeled {cfg.labeled}: {cfg.data} holds {len(patients)} training patients")
+        self.patients = patients[:cfg.labeled]
+        self.n_labeled = sum(name[:10] in self.patients for name in names)
+        self.noise = torch.Generator(device)
+
+    def window(self, x, pad_mode):
+        h, w = x.shape[-2:]
+        top, left = (h - self.side) // 2, (w - self.side) // 2
+        return F.pad(x, (-left, self.side - w + left, -top, self.side - h + top), mode=pad_mode)
+
+    def indices(self, step):
+        """The step's slices, labelled first: passes over each pool, every pass in an order of its own."""
+        n_labeled, n_all, cfg = self.n_labeled, len(self.names), self.cfg
+        semi = cfg.method != "sup" and n_labeled < n_all
+        parts = [(0, n_labeled, cfg.labeled_batch if semi else cfg.batch)]
+        if semi:
+            parts.append((n_labeled, n_all - n_labeled, cfg.batch - cfg.labeled_batch))
+        drawn = []
+        for start, pool, n in parts:
+            passes = range(step * n // pool, (step * n + n - 1) // pool + 1)
+            order = np.concatenate([np.random.default_rng((cfg.seed, start, p)).permutation(pool) for p in passes])
+            drawn.append(start + order[step * n - passes[0] * pool:][:n])
+        return np.concatenate(drawn), parts[0][2]
+
+    def batch(self, step):
+        """-> x (B, 1, S, S) float in 0..1, y (L, S, S) uint8 of its first L slices, and the step's random source."""
+        cfg, (index, n_labeled) = self.cfg, self.indices(step)
+        rng = np.random.default_rng((cfg.seed, step))
+        self.noise.manual_seed(int(rng.integers(2**62)))
+        n = len(index)
+        if cfg.view == "heart":
+            angle = np.radians(rng.uniform(-20, 20, n))
+            shift = rng.uniform(-1, 1, (n, 2)) * cfg.size / 4 / self.side                 # an eighth of the window
+            zoom, flip = np.exp(rng.uniform(-0.25, 0.25, n)) * cfg.size / self.side, np.ones(n)
+        else:
+            angle, shift = rng.integers(4, size=n) * np.pi / 2, np.zeros((n, 2))
+            zoom, flip = np.ones(n), rng.choice((-1, 1), n)
+        theta = np.stack([np.stack([zoom * np.cos(angle) * flip, -zoom * np.sin(angle), shift[:, 0]], 1),
+                          np.stack([zoom * np.sin(angle) * flip, zoom * np.cos(angle), shift[:, 1]], 1)], 1)
+        index = torch.from_numpy(index).to(self.device, non_blocking=True)
+        theta = torch.from_numpy(theta).float().to(self.device, non_blocking=True)                    # (B, 2, 3)
+        grid = F.affine_grid(theta, (n, 1, cfg.size, cfg.size), align_corners=False)
+        x = F.grid_sample(self.images[index].float(), grid, padding_mode="border", align_corners=False)
+        y = F.grid_sample(self.labels[index[:n_labeled]].float(), grid[:n_labeled], mode="nearest",
+                          align_corners=False)
+        return x, y[:, 0].to(torch.uint8), rng
+
+    def perturb(self, x, rng, strength):
+        """Gamma, then mean 0 and deviation 1 per slice, then contrast, brightness and noise."""
+        strength *= self.cfg.intensity
+        draw = strength * rng.uniform(-1, 1, (4, len(x), 1, 1, 1))
+        gamma, contrast, brightness, sigma = torch.from_numpy(draw).float().to(self.device, non_blocking=True)
+        x = models.standardize(x.clamp_min(1e-4) ** torch.exp(0.5 * gamma))
+        noise = torch.randn(x.shape, device=self.device, generator=self.noise)
+        return x * torch.exp(0.3 * contrast) + 0.3 * brightness + 0.2 * sigma.abs() * noise
+
+    def boxes(self, n_labeled, n, rng):
+        """CutMix: mask (B, 1, S, S), true inside a box of a quarter to half of the side; never in labelled slices."""
+        size = self.cfg.size
+        side = size * rng.uniform(0.25, 0.5, (n, 2)) * (rng.random((n, 1)) < self.cfg.cutmix)
+        side[:n_labeled] = 0
+        low = rng.uniform(0, size - side)
+        edges = torch.from_numpy(np.stack([low, low + side])).float().to(self.device, non_blocking=True)  # (2, B, 2)
+        ticks = torch.arange(size, device=self.device)
+        inside = (ticks >= edges[0, :, :, None]) & (ticks < edges[1, :, :, None])                         # (B, 2, S)
+        return inside[:, None, 0, :, None] & inside[:, None, 1, None, :]
+
+
+# ---------------------------------------------------------------------------------------------------------- helpers
+
+def bf16_pays(device):
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
+def pick_device(cfg):
+    count = torch.cuda.device_count()
+    if cfg.gpu >= count:
+        have = f"devices 0 to {count - 1}" if count else "no CUDA device; leave --gpu out to train on the CPU"
+        raise UserError(f"--gpu {cfg.gpu}: this machine has {have}")
+    return torch.device("cpu") if cfg.cpu or not count else torch.device("cuda", max(cfg.gpu, 0))
+
+
+def validate(net, volumes, inference):
+    """Mean Dice over the volumes per class (RV, MYO, LV), on the native grid."""
+    return np.mean([evaluate.dice(segment_volume(net, v.image, **inference), v.label) for v in volumes], axis=0)
+
+
+def describe(cfg, device, slices, nets):
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, text=True,
+                            capture_output=True).stdout.strip()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else \
+        f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return dict(config=asdict(cfg), command=" ".join(["python", *sys.argv]), commit=commit or "unknown", device=name,
+                versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
+                labeled_patients=slices.patients, labeled_slices=slices.n_labeled, slices=len(slices.names),
+                parameters={k: count_parameters(n) for k, n in nets.items()})
+
+
+def draw_curves(run):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    with open(run / "log.csv") as f:
+        rows = list(csv.DictReader(f))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    for axes, columns in ((left, ("dice", "ce", "kd", "co", "teacher")), (right, ("val_student", "val_coteacher"))):
+        for column in columns:
+            points = [(int(r["step"]), float(r[column])) for r in rows if r[column]]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=column, linewidth=1)
+        axes.set_xlabel("step")
+        if axes.lines:
+            axes.legend()
+    left.set(yscale="log", title="training losses")
+    right.set(title="mean Dice on val")
+    figure.tight_layout()
+    figure.savefig(run / ".curves.tmp.png", dpi=90)
+    plt.close(figure)
+    os.replace(run / ".curves.tmp.png", run / "curves.png")
+
+
+# ------------------------------------------------------------------------------------------------------------- loop
+
+COLUMNS = ("step", "seconds", "lr", "slices_per_s", "loss", "dice", "ce", "kd", "co", "teacher",
+           "val_student", "val_coteacher")
+
+
+def train(cfg, resume=None):
+    """One run. Returns its folder."""
+    device = pick_device(cfg)
+    if cfg.network == "teacher" and cfg.method in ("kd", "act"):
+        raise UserError(f"--network teacher --method {cfg.method}: the teacher is trained alone, with sup or mt")
+    if not 1 <= cfg.labeled_batch <= cfg.batch:
+        raise UserError(f"--labeled-batch {cfg.labeled_batch}: must lie between 1 and --batch {cfg.batch}")
+    for key in ("iters", "size", "val_every", "log_every", "tau"):
+        if getattr(cfg, key) <= 0:
+            raise UserError(f"--{key.replace('_', '-')} {getattr(cfg, key)}: must be positive")
+    use_teacher, use_coteacher = cfg.method in ("kd", "act"), cfg.method in ("mt", "act")
+    bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and bf16_pays(device))
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+    torch.manual_seed(cfg.seed)
+    slices = Slices(cfg, device)
+    volumes = [data_prep.read_volume(cfg.data, name) for name in data_prep.read_list(cfg.data, "val")]
+    inference = dict(view=cfg.view, size=max(cfg.size, 192) if cfg.view == "heart" else cfg.size)
+
+    student = UNet(*(cfg.student if cfg.network == "student" else cfg.teacher)).to(device)
+    student = student.to(memory_format=torch.channels_last)
+    coteacher = deepcopy(student).eval().requires_grad_(False)
+    nets = dict(student=student, coteacher=coteacher) if use_coteacher else dict(student=student)
+    trained = [student]
+    if use_teacher and cfg.teacher_ckpt:
+        nets["teacher"] = teacher = models.load_model(cfg.teacher_ckpt, device)[0].requires_grad_(False)
+    elif use_teacher:
+        nets["teacher"] = teacher = UNet(*cfg.teacher).to(device, memory_format=torch.channels_last)
+        trained.append(teacher)
+    weights = [p for net in trained for p in net.parameters()]
+    if cfg.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(weights, lr=cfg.lr, weight_decay=0.05, fused=True)
+    else:
+        optimizer = torch.optim.SGD(weights, lr=cfg.lr, momentum=0.9, weight_decay=1e-4, fused=True)
+    pairs = list(zip(coteacher.state_dict().values(), student.state_dict().values(), strict=True))
+    ema_to, ema_from = zip(*[p for p in pairs if p[0].is_floating_point()], strict=True)
+
+    run, start, best = Path(cfg.out), 0, dict(step=-1, score=-1.0)
+    if resume:
+        for name, net in nets.items():
+            net.load_state_dict(resume["networks"][name])
+        optimizer.load_state_dict(resume["optimizer"])
+        start, best = resume["step"], resume["best"]
+        if start >= cfg.iters:
+            raise UserError(f"--resume {run}: finished at step {start}; a larger --iters goes on")
+        keep_log_until(run / "log.csv", start)
+    else:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.json").write_text(json.dumps(describe(cfg, device, slices, nets), indent=1) + "\n")
+        (run / "log.csv").write_text(",".join(COLUMNS) + "\n")
+    print(f"{run}: {cfg.method}, {len(slices.patients)} labelled patients ({slices.n_labeled} of {len(slices.names)} "
+          f"slices), {', '.join(f'{k} {count_parameters(n) / 1e6:.2f} M' for k, n in nets.items())}, {device}, "
+          f"{'bf16' if bf16 else 'fp32'}", flush=True)
+
+    def save(step):
+        save_checkpoint(run / "last.pt", dict(
+            networks={k: n.state_dict() for k, n in nets.items()}, optimizer=optimizer.state_dict(), step=step,
+            best=best, config=asdict(cfg), architecture=student.architecture, inference=inference,
+            better="student"))
+
+    stop = []
+
+    def on_signal(number, frame):
+        if stop:                                                   # asked twice: now, without saving
+            raise KeyboardInterrupt
+        stop.append(signal.Signals(number).name)
+
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    bar = tqdm(total=cfg.iters, initial=start, unit="step", dynamic_ncols=True,
+               mininterval=1 if sys.stderr.isatty() else 30)
+    history, val, began, trained_s, marked = [], {}, time.perf_counter(), 0.0, None
+    for step in range(start, cfg.iters):
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * (1 - step / cfg.iters) ** 0.9
+        ramp = math.exp(-5 * (1 - min(1, step / max(1, cfg.ramp * cfg.iters))) ** 2)
+        if marked is None:
+            marked = (step, time.perf_counter())
+
+        # One geometry for all three networks, an intensity of its own for each: the students of this game see hard
+        # pictures, those who answer see mild ones.
+        x, y, rng = slices.batch(step)
+        n_labeled, n = len(y), len(x)
+        mask = slices.boxes(n_labeled, n, rng)
+        partner = torch.arange(n, device=device)
+        partner[n_labeled:] = partner[n_labeled:].roll(1)
+
+        def mix(a, mask=mask, partner=partner):
+            return torch.where(mask, a[partner], a)
+
+        zero = x.new_zeros(())
+        kd = co = teacher_seg = zero
+        with autocast:
+            s = student(mix(slices.perturb(x, rng, 1.0)))                                       # (B, C, S, S) logits
+            with torch.no_grad():
+                if use_coteacher:
+                    c = mix(coteacher(slices.perturb(x, rng, 0.25)))
+                if use_teacher and cfg.teacher_ckpt:
+                    t = mix(teacher(slices.perturb(x, rng, 0.25)))
+                elif use_teacher and n > n_labeled:
+                    teacher.eval()
+                    t = teacher(slices.perturb(x[n_labeled:], rng, 0.25))
+                    teacher.train()
+            if use_teacher and not cfg.teacher_ckpt:
+                t_seg = teacher(slices.perturb(x[:n_labeled], rng, 1.0))
+                t = mix(torch.cat([t_seg.detach(), t])) if n > n_labeled else t_seg.detach()
+
+        linear = dict(squared=False, include_background=False) if cfg.dice == "linear" else {}
+        dice, ce = dice_ce(s[:n_labeled], y, **linear)
+        if use_teacher:
+            kd = (softmax_kl if cfg.distill == "kl" else softmax_mse)(s, t, cfg.tau)
+            if not cfg.teacher_ckpt:
+                teacher_seg = sum(dice_ce(t_seg, y, **linear))
+        if use_coteacher and cfg.consistency == "mse":
+            co = softmax_mse(s, c)
+        elif use_coteacher and n > n_labeled:
+            sure, hard = c[n_labeled:].float().softmax(1).max(1)
+            co = sum(dice_ce(s[n_labeled:], hard.masked_fill(sure < cfg.confidence, -100), **linear))
+        loss = dice + ce + ramp * (cfg.lambda_kd * kd + cfg.lambda_co * co)
+
+        optimizer.zero_grad(set_to_none=True)
+        (loss + teacher_seg).backward()
+        optimizer.step()
+        if use_coteacher:                          # a plain mean of the first steps, then the moving average
+            get_ema_multi_avg_fn(min(cfg.ema, step / (step + 1)))(ema_to, ema_from, None)
+        history.append(torch.stack([v.detach().float() for v in (loss, dice, ce, kd, co, teacher_seg)]))
+
+        done = step + 1
+        bar.update()
+        out_of_time = cfg.minutes and time.perf_counter() - began > 60 * cfg.minutes
+        last = done == cfg.iters or bool(stop) or out_of_time
+        if device.type == "cpu" and done == start + 8:
+            hours = (time.perf_counter() - began) / 8 * (cfg.iters - start) / 3600
+            advice = "; --preset cpu is smaller" if hours > 1 else ""
+            bar.write(f"about {60 * hours:.0f} minutes on this CPU{advice}")
+        if done % cfg.log_every and done % cfg.val_every and not last:
+            continue
+
+        # Everything below waits for the device; nothing above does.
+        terms = torch.stack(history).cpu().numpy()                                              # (steps, 6)
+        bad = np.flatnonzero(~np.isfinite(terms).all(1))
+        if len(bad):
+            at = done - len(terms) + int(bad[0])
+            names = [slices.names[i] for i in slices.indices(at)[0]]
+            values = ", ".join(f"{k} {v:.3g}" for k, v in zip(COLUMNS[4:10], terms[bad[0]], strict=True))
+            raise UserError(f"step {at}: {values}; slices {' '.join(names)}; the checkpoint before it is in {run}; "
+                            "a lower --lr or --precision fp32 may help")
+        seconds, history = time.perf_counter() - marked[1], []
+        trained_s += seconds
+        row = dict(zip(COLUMNS[4:10], terms.mean(0).round(6), strict=True), step=done, seconds=round(trained_s, 1),
+                   lr=round(optimizer.param_groups[0]["lr"], 8),
+                   slices_per_s=round((done - marked[0]) * n / seconds, 1))
+        if done % cfg.val_every == 0 or done == cfg.iters:
+            for name in [k for k in nets if k != "teacher"]:
+                val[name] = validate(nets[name], volumes, inference)
+                row[f"val_{name}"] = round(float(val[name].mean()), 5)
+            better = max(val, key=lambda k: val[k].mean())
+            if val[better].mean() > best["score"]:
+                best = dict(step=done, score=float(val[better].mean()), better=better,
+                            val={k: v.tolist() for k, v in val.items()})
+                save_checkpoint(run / "best.pt", dict(
+                    networks={k: nets[k].state_dict() for k in val}, architecture=student.architecture,
+                    inference=inference, better=better, step=done, val=best["val"], config=asdict(cfg)))
+        with open(run / "log.csv", "a", newline="") as f:
+            csv.DictWriter(f, COLUMNS).writerow(row)
+        if done % cfg.val_every == 0 or last:
+            save(done)
+            draw_curves(run)
+        bar.set_postfix_str(f"loss {row['loss']:.3f} val {best['score']:.4f} {row['slices_per_s']:.0f} slices/s")
+        marked = None
+        if last:
+            break
+    bar.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if done < cfg.iters:
+        print(f"stopped at step {done} ({stop[0] if stop else '--minutes'}); "
+              f"go on with: python train_actnet.py --resume {run}")
+        return run
+    if "teacher" in nets:
+        val["teacher"] = validate(nets["teacher"], volumes, inference)
+    summary = dict(last={k: v.tolist() for k, v in val.items()}, best=best, seconds=round(trained_s, 1))
+    (run / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    print(f"{'val Dice':12}     RV     MYO      LV    mean")
+    for when, scores in (("last", summary["last"]), (f"step {best['step']}", best["val"])):
+        for name, v in scores.items():
+            print(f"{name:12} {v[0]:.4f}  {v[1]:.4f}  {v[2]:.4f}  {np.mean(v):.4f}  {when}")
+    print(f"kept: the {best['better']} of step {best['step']} in {run / 'best.pt'}; "
+          f"next: python evaluate.py {run / 'best.pt'} --data {cfg.data}")
+    return run
+
+
+def keep_log_until(path, step):
+    """Drop the rows past the checkpoint that the run resumes from."""
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[0]] + [x for x in lines[1:] if int(x.split(",")[0]) <= step]))
+
+
+# ------------------------------------------------------------------------------------------------------------- main
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
+    parser.add_argument("--preset", choices=("paper", "cpu"),
+                        help="paper: the published protocol; cpu: half an hour on two cores")
+    parser.add_argument("--demo", action="store_true", help="train and evaluate on synthetic hearts")
+    parser.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
+    for f in fields(Config):
+        kind = dict(action=argparse.BooleanOptionalAction) if isinstance(f.default, bool) else \
+            dict(type=int, nargs=2, metavar=("DEPTH", "BASE")) if isinstance(f.default, tuple) else \
+            dict(type=type(f.default), choices=f.metadata["choices"])
+        default = "" if f.default in ("", -1, False, 0.0) else f" [{f.default}]"
+        parser.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"] + default, **kind)
+    return vars(parser.parse_args(argv))
+
+
+def resolve(given):
+    """Command-line options -> (Config, checkpoint to resume from or None): defaults < preset < given."""
+    preset, demo, folder = given.pop("preset", None), given.pop("demo", False), given.pop("resume", None)
+    for key in ("teacher", "student"):
+        if key in given:
+            given[key] = tuple(given[key])
+    if folder:
+        resume = load_checkpoint(Path(folder) / "last.pt")
+        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in resume["config"].items()}
+        changed = [k for k, v in given.items() if k not in MAY_CHANGE and saved[k] != v]
+        if changed or preset or demo:
+            raise UserError(f"--resume {folder}: --{(changed or ['preset'])[0].replace('_', '-')} may not change "
+                            "within a run")
+        return Config(**{**saved, **given, "out": folder}), resume
+    cfg = Config(**{**PRESETS.get("demo" if demo else preset, {}), **given})
+    if not cfg.out:
+        base = f"runs/{'demo-' if demo else ''}{cfg.method}-{cfg.labeled}-seed{cfg.seed}"
+        names = [base] + [f"{base}-{i}" for i in range(2, 1000)]
+        cfg = replace(cfg, out=next(name for name in names if not Path(name).exists()))
+    elif (Path(cfg.out) / "last.pt").exists():
+        raise UserError(f"--out {cfg.out}: holds a run already; --resume {cfg.out} goes on with it")
+    return cfg, None
+
+
+def main(argv=None):
+    given = parse(argv)
+    demo = given.get("demo")
+    try:
+        cfg, resume = resolve(given)
+        if demo and not (Path(cfg.data) / "manifest.json").exists():
+            data_prep.main(["--phantom", cfg.data])
+        run = train(cfg, resume)
+        if demo:
+            evaluate.main([str(run / "best.pt"), "--data", cfg.data, "--out", str(run / "test")])
+    except (UserError, data_prep.DataError, models.CheckpointError, OSError) as error:
+        print(f"train_actnet.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
