@@ -105,7 +105,9 @@ def load_nifti(path):
             room = min(MAX_VOXELS, DEFLATE * os.path.getsize(path))
             require(math.prod(shape) <= room, path, f"the header claims {shape}, more than the file can hold", remedy)
             array = np.asanyarray(image.dataobj).T
-        spacing = tuple(float(z) for z in image.header.get_zooms()[2::-1])
+            with (image.file_map.get("header") or image.file_map["image"]).get_prepare_fileobj("rb") as f:
+                header = type(image.header).from_fileobj(f, check=False)  # checked, a zoom of 0 would become 1 mm
+        spacing = tuple(abs(float(z)) for z in header.get_zooms()[2::-1])
     except DataError:
         raise
     except Exception as e:  # a damaged header can raise anything
@@ -170,6 +172,7 @@ def read_h5(path, ndim):
 
     Data outside the file (links, external and virtual storage) are refused, sizes are judged before the allocation.
     """
+    require(os.path.isfile(path), path, "absent")
     data, attrs = {"label": None}, {}
     try:
         with h5py.File(path, "r") as h:
@@ -306,20 +309,9 @@ def convert_patient(folder, split, out):
 def run_parallel(function, jobs, workers=None, title=""):
     """function(*job) for each job in `workers` processes, one per core by default -> results in order."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    results = []
-    with (
-        tqdm(total=len(jobs), desc=title, unit="patient", disable=None) as bar,
-        ProcessPoolExecutor(min(workers or cores, len(jobs)), initializer=_start_worker) as pool,
-    ):
-        futures = [pool.submit(function, *job) for job in jobs]
-        try:
-            for future in futures:
-                results.append(future.result())
-                bar.update()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return results
+    with ProcessPoolExecutor(min(workers or cores, len(jobs)), initializer=_start_worker) as pool:
+        results = pool.map(function, *zip(*jobs, strict=True))  # an error cancels the jobs that wait
+        return list(tqdm(results, desc=title, total=len(jobs), unit="patient", disable=None))
 
 
 def _start_worker():
@@ -360,35 +352,34 @@ def locked(out):
 
 @contextmanager
 def workspace(out):
-    """OUT for one preparation: made if absent, locked, and on an error without the files and folders this one added.
+    """OUT for one preparation: made if absent, locked, and on an error without what this one has added.
 
     Ctrl-C and kills leave the finished files there: the next run goes on from them.
     """
     made = [d for d in (out, *out.parents) if not d.exists()]
-    ours = ("*.list", "manifest.json", ".*.part", "data/**/*patient*", "phantom.json", "raw/t*ing/patient*/*")
 
-    def files():
-        return {p for pattern in ours for p in out.glob(pattern) if p.is_file()}
+    def ours():
+        names = ("data", "raw", "*.list", "manifest.json", "phantom.json", ".*.part")
+        return {p for name in names for top in out.glob(name) for p in (top, *top.rglob("*"))}
 
     try:
         out.mkdir(parents=True, exist_ok=True)
         with locked(out):
-            before = files()
-            for part in [p for p in before if p.name.endswith(".part")]:  # a killed run's
+            before = ours()
+            for part in [p for p in before if p.name.startswith(".") and p.suffix == ".part"]:  # a killed run's
                 part.unlink()
             try:
                 yield
             except Exception:
-                for p in files() - before:
-                    p.unlink()
+                for p in sorted(ours() - before, reverse=True):  # a folder comes after what it holds
+                    p.rmdir() if p.is_dir() else p.unlink()
                 raise
     except BrokenProcessPool:
         raise DataError(f"{out}: a worker was killed, perhaps for memory; run again with --workers 1") from None
     except OSError as e:
         raise refusal(e.filename or out, e) from None
     finally:
-        inner = [d for pattern in ("raw/t*ing/patient*", "raw/t*ing", "raw", "data/slices", "data") for d in out.glob(pattern)]
-        for d in inner + made:
+        for d in made:
             with suppress(OSError):  # stays unless empty
                 d.rmdir()
 

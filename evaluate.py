@@ -220,8 +220,8 @@ def evaluate_checkpoint(path, out, data=None, split="test", which=None, device="
         raise CheckpointError(f"{path}: maps {arch['in_channels']} channels to {arch['num_classes']} classes, but ACDC "
                               f"has 1 and {len(CLASSES) + 1} with background; train on this data")
     config = checkpoint.get("config")
-    trained_on = str(config.get("data") or "data/ACDC") if isinstance(config, dict) else "data/ACDC"
-    root = Path(data or (trained_on if Path(trained_on).is_dir() else "data/ACDC"))
+    trained_on = str(config.get("data") or "") if isinstance(config, dict) else ""
+    root = Path(data or (trained_on if trained_on and Path(trained_on).is_dir() else "data/ACDC"))
     names = _names(root, split)
     with _staging(Path(out)) as folder:
         rows, cases, preds, seconds = [], [], {}, []
@@ -232,13 +232,7 @@ def evaluate_checkpoint(path, out, data=None, split="test", which=None, device="
             seconds.append((time.perf_counter() - began, len(pred)))
             scores = {} if v.label is None else case_metrics(pred, v.label, v.spacing)
             cases += [scores] if scores else []
-            ml = [volumes_ml(a, v.spacing) if a is not None else np.full(3, np.nan) for a in (pred, v.label)]
-            patient, frame = name.split("_frame")
-            phase = PHASES[int(frame) - 1] if int(frame) in (1, 2) else frame
-            rows += [{"case": name, "patient": patient, "phase": phase, "group": v.group, "class": c,
-                      **{m: scores[m][i] if scores else np.nan for m in METRICS},
-                      "one_empty": int(scores["one_empty"][i]) if scores else None,
-                      "volume_ml": ml[0][i], "annotation_ml": ml[1][i]} for i, c in enumerate(CLASSES)]
+            rows += _case_rows(v, pred, scores)
         clinical = _clinical_rows(rows)
         columns = {k: [[r[c] for r in clinical if r["index"] == k] for c in ("prediction", "annotation")]
                    for k in INDICES}
@@ -271,9 +265,20 @@ def _names(root, split):
         raise DataError(f"{root / split}.list: empty; prepare the {split} patients with data_prep.py, or {choice}")
     absent = [p for p in (data_prep.h5_path(root, n) for n in names) if not p.is_file()]
     if absent:
-        raise DataError(f"{absent[0]}: absent, as are {len(absent)} of the {len(names)} volumes of {split}.list; "
-                        "prepare the data again")
+        raise DataError(f"{root}: {len(absent)} of the {len(names)} volumes of {split}.list are absent, first "
+                        f"{absent[0].relative_to(root)}; prepare the data again")
     return names
+
+
+def _case_rows(v, pred, scores):
+    """The rows of metrics.csv of one volume; without annotation `scores` is empty."""
+    patient, frame = v.name.split("_frame")
+    phase = dict(zip(("01", "02"), PHASES, strict=True)).get(frame, frame)
+    ml = [np.full(len(CLASSES), np.nan) if a is None else volumes_ml(a, v.spacing) for a in (pred, v.label)]
+    return [{"case": v.name, "patient": patient, "phase": phase, "group": v.group, "class": c,
+             **{m: scores[m][i] if scores else np.nan for m in METRICS},
+             "one_empty": int(scores["one_empty"][i]) if scores else None,
+             "volume_ml": ml[0][i], "annotation_ml": ml[1][i]} for i, c in enumerate(CLASSES)]
 
 
 def _clinical_rows(rows):
@@ -375,12 +380,12 @@ def print_table(s):
             digits = [4 if m in ("dice", "jaccard") else 2 for m in shown]
             print(f"{c:5}" + "".join(f"{_cell(x, d):>18}" for x, d in zip(cells, digits, strict=True)))
         empty = ", ".join(f"{c} {n}" for c, n in s["one_empty"].items())
-        print(f"empty in the prediction or in the annotation, not in both (Dice 0, distance = diagonal): {empty}")
+        print(f"one empty, the other not (Dice 0, distances = the volume's diagonal): {empty}")
     if s["clinical"] and s["scored"]:
         print(f"{'clinical':12}{'bias ± SD':>18}{'r':>8}{'n':>5}")
         for k, x in s["clinical"].items():
             bias = _cell(dict(mean=x["bias"], sd=x["sd"]), 1)
-            print(f"{k.replace('_', ' '):9}{x['unit']:3}{bias:>18}{_number(x['r'], 3):>8}{x['n']:5}")
+            print(f"{k.replace('_', ' ').upper():9}{x['unit']:3}{bias:>18}{_number(x['r'], 3):>8}{x['n']:5}")
     if s["with_spacing"] < s["volumes"]:
         print(f"{s['volumes'] - s['with_spacing']} volumes carry no spacing (the community's copy has none): their "
               "distances are in voxels only, and clinical indices leave them out; data_prep.py writes the spacing")

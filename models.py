@@ -124,8 +124,8 @@ def segment_volume(net, volume, size, view="heart", batch=16, return_probs=False
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
 
-def save_checkpoint(path, content):
-    """Write tensors, numbers, strings and dicts to `path`, whole or not at all."""
+def save_checkpoint(path, content, previous=None):
+    """Write tensors, numbers, strings and dicts to `path`, whole or not at all; what was there goes to `previous`."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -133,6 +133,8 @@ def save_checkpoint(path, content):
             torch.save({"format": FORMAT, **content}, f)
             f.flush()
             os.fsync(f.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -46,56 +47,52 @@ class UserError(Exception):
     """Something the user can mend: one line, exit code 2."""
 
 
-def option(default, text, choices=None):
-    return field(default=default, metadata=dict(help=text, choices=choices))
+def option(default, text, choices=None, group=None):
+    return field(default=default, metadata=dict(help=text, choices=choices, group=group))
 
 
 @dataclass
 class Config:
-    data: str = option("data/ACDC", "prepared folder")
+    data: str = option("data/ACDC", "prepared folder", group="run")
     out: str = option("", "run folder [runs/METHOD-LABELED-seedSEED]")
-    labeled: int = option(7, "annotated patients, the first of the train order; the rest are used without labels")
-    method: str = option("act", "sup: labelled only; mt: + co-teacher; kd: + teacher; act: all",
-                         ("sup", "mt", "kd", "act"))
-    network: str = option("student", "which network is trained; teacher only with sup and mt", ("student", "teacher"))
-    teacher_ckpt: str = option("", "best.pt of a trained teacher: frozen instead of trained along")
+    labeled: int = option(7, "annotated patients, first of the train order; the rest without labels")
     gpu: int = option(-1, "CUDA device [the first, if any]")
     cpu: bool = option(False, "train on the CPU")
     seed: int = option(0, "of weights, batches and augmentation")
     iters: int = option(30000, "steps")
     minutes: float = option(0.0, "stop and save after so long; 0: never")
-    batch: int = option(24, "slices per step")
+    val_every: int = option(500, "steps between validations and checkpoints")
+    log_every: int = option(20, "steps between rows of log.csv")
+    precision: str = option("auto", "auto: bf16 where the device computes in it", ("auto", "bf16", "fp32"))
+    deterministic: bool = option(False, "only kernels that repeat bit for bit, slower on a GPU")
+    batch: int = option(24, "slices per step", group="data")
     labeled_batch: int = option(12, "of these with labels")
     size: int = option(160, "side of the training window, pixels")
-    view: str = option("heart", "heart: window around the centre at native resolution; whole: slice squeezed to size",
-                       ("heart", "whole"))
+    view: str = option("heart", "heart: centre, native resolution; whole: slice squeezed", ("heart", "whole"))
+    intensity: float = option(1.0, "strength of gamma, contrast, brightness and noise")
+    cutmix: float = option(0.5, "probability that an unlabelled slice gets a box of another")
+    method: str = option("act", "labelled only; + co-teacher; + teacher; all", ("sup", "mt", "kd", "act"), "networks")
+    network: str = option("student", "which is trained; teacher: sup, mt", ("student", "teacher"))
     teacher: tuple = option((6, 64), "depth and base width")
     student: tuple = option((4, 16), "depth and base width")
-    optimizer: str = option("adamw", "adamw: weight decay 0.05; sgd: momentum 0.9, weight decay 1e-4",
-                            ("adamw", "sgd"))
+    teacher_ckpt: str = option("", "best.pt of a teacher: frozen instead of trained along")
+    ema: float = option(0.99, "decay of the co-teacher")
+    optimizer: str = option("adamw", "weight decay 0.05; or momentum 0.9, weight decay 1e-4", ("adamw", "sgd"))
     lr: float = option(3e-3, "first learning rate; falls as (1 - step / iters) ** 0.9")
-    dice: str = option("linear", "linear: denominator p + y, foreground; squared: p^2 + y^2, background too",
-                       ("linear", "squared"))
+    dice: str = option("linear", "p + y, foreground; p^2 + y^2, all classes", ("linear", "squared"), "losses")
     distill: str = option("kl", "distance of L_kd", ("kl", "mse"))
     tau: float = option(1.0, "temperature of L_kd")
     lambda_kd: float = option(1.0, "weight of L_kd")
-    consistency: str = option("pseudo", "L_co: mse of probabilities, or pseudo: Dice + CE against hard labels",
-                              ("mse", "pseudo"))
-    confidence: float = option(0.9, "pseudo: co-teacher's probability below which a pixel is left out")
+    consistency: str = option("pseudo", "L_co: Dice + CE on hard labels; of probabilities", ("pseudo", "mse"))
+    confidence: float = option(0.9, "pseudo: co-teacher's probability that a pixel needs to count")
     lambda_co: float = option(1.0, "weight of L_co")
-    ema: float = option(0.99, "decay of the co-teacher")
-    ramp: float = option(0.2, "fraction of the run over which both lambdas rise, exp(-5 (1 - t)^2)")
-    cutmix: float = option(0.5, "probability that an unlabelled slice gets a box of another")
-    intensity: float = option(1.0, "strength of gamma, contrast, brightness and noise")
-    precision: str = option("auto", "bf16 where the device computes in it", ("auto", "bf16", "fp32"))
-    val_every: int = option(500, "steps between validations and checkpoints")
-    log_every: int = option(20, "steps between rows of log.csv")
+    ramp: float = option(0.5, "part of the run over which both weights rise as exp(-5 (1 - t)^2)")
 
 
 PRESETS = {
-    "paper": dict(view="whole", size=256, batch=24, labeled_batch=12, iters=30000, optimizer="sgd", lr=0.01,
+    "paper": dict(view="whole", size=256, batch=24, labeled_batch=12, iters=30000, optimizer="sgd", lr=0.01, ramp=0.2,
                   dice="squared", distill="mse", tau=20.0, consistency="mse", cutmix=0.0, intensity=0.3),
-    "cpu": dict(size=128, batch=16, labeled_batch=8, iters=1000, teacher=(4, 32), val_every=100, log_every=10),
+    "cpu": dict(size=128, batch=16, labeled_batch=8, iters=1400, teacher=(5, 16), val_every=100, log_every=10),
     "demo": dict(data="data/phantom", labeled=3, size=96, batch=16, labeled_batch=8, iters=120, teacher=(4, 16),
                  student=(4, 8), val_every=40, log_every=10),
 }
@@ -271,9 +268,15 @@ def train(cfg, resume=None):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
     torch.manual_seed(cfg.seed)
+    torch.backends.cudnn.benchmark = not cfg.deterministic
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # warn_only: max-pooling's backward is called non-deterministic, but our windows do not overlap.
+        torch.use_deterministic_algorithms(True, warn_only=True)
     slices = Slices(cfg, device)
     volumes = [data_prep.read_volume(cfg.data, name) for name in data_prep.read_list(cfg.data, "val")]
-    inference = dict(view=cfg.view, size=max(cfg.size, 192) if cfg.view == "heart" else cfg.size)
+    # A little more than was trained on: enough to hold every heart but the largest; far more costs a point of Dice.
+    inference = dict(view=cfg.view, size=cfg.size * 9 // 8 if cfg.view == "heart" else cfg.size)
 
     student = UNet(*(cfg.student if cfg.network == "student" else cfg.teacher)).to(device)
     student = student.to(memory_format=torch.channels_last)
@@ -303,7 +306,6 @@ def train(cfg, resume=None):
             raise UserError(f"--resume {run}: finished at step {start}; a larger --iters goes on")
         keep_log_until(run / "log.csv", start)
     else:
-        run.mkdir(parents=True, exist_ok=True)
         (run / "config.json").write_text(json.dumps(describe(cfg, device, slices, nets), indent=1) + "\n")
         (run / "log.csv").write_text(",".join(COLUMNS) + "\n")
     print(f"{run}: {cfg.method}, {len(slices.patients)} labelled patients ({slices.n_labeled} of {len(slices.names)} "
@@ -314,7 +316,7 @@ def train(cfg, resume=None):
         save_checkpoint(run / "last.pt", dict(
             networks={k: n.state_dict() for k, n in nets.items()}, optimizer=optimizer.state_dict(), step=step,
             best=best, config=asdict(cfg), architecture=student.architecture, inference=inference,
-            better="student"))
+            better="student"), previous=run / "previous.pt")
 
     stop = []
 
@@ -447,6 +449,32 @@ def train(cfg, resume=None):
     return run
 
 
+@contextmanager
+def run_folder(path):
+    """The run's folder: made, held by one process at a time, and not left behind empty."""
+    made = [d for d in (path, *path.parents) if not d.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with data_prep.locked(path):
+            yield
+    finally:
+        for d in made:
+            with suppress(OSError):
+                d.rmdir()
+
+
+def load_last(run):
+    """last.pt, or the checkpoint before it where last.pt is damaged."""
+    try:
+        return load_checkpoint(run / "last.pt")
+    except models.CheckpointError as error:
+        if not (run / "previous.pt").exists():
+            raise
+        content = load_checkpoint(run / "previous.pt")
+        print(f"{error}. Going on from previous.pt, step {content['step']}", file=sys.stderr)
+        return content
+
+
 def keep_log_until(path, step):
     """Drop the rows past the checkpoint that the run resumes from."""
     lines = path.read_text().splitlines(keepends=True)
@@ -456,17 +484,24 @@ def keep_log_until(path, step):
 # ------------------------------------------------------------------------------------------------------------- main
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], usage="%(prog)s [options]", argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=118))
     parser.add_argument("--preset", choices=("paper", "cpu"),
                         help="paper: the published protocol; cpu: half an hour on two cores")
     parser.add_argument("--demo", action="store_true", help="train and evaluate on synthetic hearts")
     parser.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
     for f in fields(Config):
-        kind = dict(action=argparse.BooleanOptionalAction) if isinstance(f.default, bool) else \
+        if f.metadata["group"]:
+            group = parser.add_argument_group(f.metadata["group"])
+        kind = dict(action="store_true") if isinstance(f.default, bool) else \
             dict(type=int, nargs=2, metavar=("DEPTH", "BASE")) if isinstance(f.default, tuple) else \
             dict(type=type(f.default), choices=f.metadata["choices"])
-        default = "" if f.default in ("", -1, False, 0.0) else f" [{f.default}]"
-        parser.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"] + default, **kind)
+        if kind.get("type") in (int, float) and "nargs" not in kind:
+            kind["metavar"] = "N" if kind["type"] is int else "X"
+        shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        default = "" if f.default in ("", -1, False, 0.0) else f" [{shown}]"
+        group.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"] + default, **kind)
     return vars(parser.parse_args(argv))
 
 
@@ -477,7 +512,7 @@ def resolve(given):
         if key in given:
             given[key] = tuple(given[key])
     if folder:
-        resume = load_checkpoint(Path(folder) / "last.pt")
+        resume = load_last(Path(folder))
         saved = {k: tuple(v) if isinstance(v, list) else v for k, v in resume["config"].items()}
         changed = [k for k, v in given.items() if k not in MAY_CHANGE and saved[k] != v]
         if changed or preset or demo:
@@ -501,7 +536,8 @@ def main(argv=None):
         cfg, resume = resolve(given)
         if demo and not (Path(cfg.data) / "manifest.json").exists():
             data_prep.main(["--phantom", cfg.data])
-        run = train(cfg, resume)
+        with run_folder(Path(cfg.out)):
+            run = train(cfg, resume)
         if demo:
             evaluate.main([str(run / "best.pt"), "--data", cfg.data, "--out", str(run / "test")])
     except (UserError, data_prep.DataError, models.CheckpointError, OSError) as error:

@@ -7,7 +7,7 @@ elsewhere; NCHW logits and integer labels are read where they lie.
 
 Maths. p = softmax(z) over the classes, y the one-hot label; sums run over the V pixels whose label is not ignored, of
 the whole batch at once ("batch Dice"); K classes are scored (C, or C - 1 without the background):
-    I_c = sum p_c y_c        D_c = smooth + sum y_c + (sum p_c^2 if squared else sum p_c)        R_c = (2 I_c + smooth) / D_c
+    I_c = sum p_c y_c      D_c = smooth + sum y_c + (sum p_c^2 if squared else sum p_c)     R_c = (2 I_c + smooth) / D_c
     dice = 1 - 1/K sum_c R_c           a_c = d dice/d p_c = 1/(K D_c) * (R_c * (2 p_c if squared else 1) - 2 y_c)
     ce   = -1/V sum_pixels log p_y     d/dz_k = g_dice * p_k (a_k - sum_c a_c p_c) + g_ce/V * (p_k - y_k)
 A class absent from prediction and label has R_c = 1 (also with smooth=0); with every pixel ignored both losses are 0.
@@ -47,23 +47,29 @@ if triton is not None:
             return ptr + n * stride_n + (pixel // W).to(tl.int64) * stride_h + (pixel % W).to(tl.int64) * stride_w
 
     @triton.jit
-    def _log_softmax(ptrs, stride_c, mask, C: tl.constexpr):
-        """C vectors of log-probabilities. The pointer walks from class to class, so no c * stride can overflow."""
+    def _load_shifted(ptrs, stride_c, mask, C: tl.constexpr):
+        """C vectors of logit - the pixel's largest: in this order logits of 1e4 keep their digits."""
         x = ()
         for _ in tl.static_range(C):
             x = x + (tl.load(ptrs, mask=mask, other=0.0).to(tl.float32),)
-            ptrs += stride_c
+            ptrs += stride_c  # walks from class to class, so no c * stride can overflow
         top = x[0]
         for c in tl.static_range(1, C):
             top = tl.maximum(top, x[c])
-        total = tl.exp(x[0] - top)
-        for c in tl.static_range(1, C):
-            total += tl.exp(x[c] - top)
-        log_total = tl.log(total)
         out = ()
         for c in tl.static_range(C):
-            out = out + ((x[c] - top) - log_total,)  # in this order logits of 1e4 keep their digits
+            out = out + (x[c] - top,)
         return out
+
+    @triton.jit
+    def _exp(z, C: tl.constexpr):
+        """C vectors of exp(z_c), and their sum."""
+        e = (tl.exp(z[0]),)
+        total = e[0]
+        for c in tl.static_range(1, C):
+            e = e + (tl.exp(z[c]),)
+            total += e[c]
+        return e, total
 
     @triton.jit
     def _thread_sum(x, VEC: tl.constexpr):
@@ -97,13 +103,15 @@ if triton is not None:
             mask = pixel < HW
             y = tl.load(_pixel_ptrs(y_ptr, n, pixel, W, y_n, y_h, y_w, FLAT), mask=mask, other=0).to(tl.int32)
             keep = mask & (y != ignore)
-            log_p = _log_softmax(_pixel_ptrs(z_ptr, n, pixel, W, z_n, z_h, z_w, FLAT), z_c, mask, C)
+            z = _load_shifted(_pixel_ptrs(z_ptr, n, pixel, W, z_n, z_h, z_w, FLAT), z_c, mask, C)
+            e, total = _exp(z, C)
+            inv_total, log_total = 1.0 / total, tl.log(total)
             nll = tl.where(keep, float("nan"), 0.0)  # a label that is no class stays NaN: seen without a host sync
             new = ()
             for c in tl.static_range(C):
-                p = tl.where(keep, tl.exp(log_p[c]), 0.0)
+                p = tl.where(keep, e[c] * inv_total, 0.0)
                 hit = keep & (y == c)
-                nll = tl.where(hit, -log_p[c], nll)
+                nll = tl.where(hit, log_total - z[c], nll)
                 new = new + (
                     acc[3 * c] + _thread_sum(tl.where(hit, p, 0.0), VEC),
                     acc[3 * c + 1] + _thread_sum(p * p if SQUARED else p, VEC),
@@ -169,13 +177,15 @@ if triton is not None:
         mask = pixel < HW
         y = tl.load(_pixel_ptrs(y_ptr, n, pixel, W, y_n, y_h, y_w, FLAT), mask=mask, other=0).to(tl.int32)
         keep = mask & (y != ignore)
-        log_p = _log_softmax(_pixel_ptrs(z_ptr, n, pixel, W, z_n, z_h, z_w, FLAT), z_c, mask, C)
+        z = _load_shifted(_pixel_ptrs(z_ptr, n, pixel, W, z_n, z_h, z_w, FLAT), z_c, mask, C)
+        e, total = _exp(z, C)
+        inv_total = 1.0 / total
         up_dice = tl.load(up_dice_ptr)
         up_ce = tl.load(up_ce_ptr) * tl.load(coef_ptr + 2 * C)
         p, a = (), ()
         dot = tl.zeros((BLOCK,), tl.float32)
         for c in tl.static_range(C):
-            pc = tl.exp(log_p[c])
+            pc = e[c] * inv_total
             on_label = up_dice * tl.load(coef_ptr + 2 * c)
             on_prob = up_dice * tl.load(coef_ptr + 2 * c + 1)
             ac = tl.where(y == c, on_label, 0.0) + on_prob * (2.0 * pc if SQUARED else 1.0)
@@ -191,8 +201,8 @@ if triton is not None:
 def _geometry(logits, *others):
     """Vector width, pixels per block, blocks per slice, and whether every tensor's rows follow each other."""
     _, c, h, w = logits.shape
-    # Four warps, 16 bytes per thread and load: 4 pixels of fp32, 8 of the half types; past 8 classes 8 would spill.
-    vec = 16 // logits.element_size() if c <= 8 else 4
+    # Four warps, 16 bytes per thread and load: 4 pixels of fp32, 8 of the half types; fewer where registers run out.
+    vec = 16 // logits.element_size() if c <= 4 else 4 if c <= 8 else 2
     flat = h == 1 or all(x.stride(-2) == w * x.stride(-1) for x in (logits, *others))
     return vec, 128 * vec, -(-h * w // (128 * vec)), flat
 

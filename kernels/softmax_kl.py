@@ -50,23 +50,29 @@ if triton is not None:
             return ptr + n * stride_n + (pixel // W).to(tl.int64) * stride_h + (pixel % W).to(tl.int64) * stride_w
 
     @triton.jit
-    def _log_softmax(ptrs, stride_c, mask, inv_tau, C: tl.constexpr):
-        """C vectors of log-probabilities. The pointer walks from class to class, so no c * stride can overflow."""
+    def _load_shifted(ptrs, stride_c, mask, inv_tau, C: tl.constexpr):
+        """C vectors of (logit - the pixel's largest) / tau: in this order logits of 1e4 keep their digits."""
         x = ()
         for _ in tl.static_range(C):
-            x = x + (tl.load(ptrs, mask=mask, other=0.0).to(tl.float32) * inv_tau,)
-            ptrs += stride_c
+            x = x + (tl.load(ptrs, mask=mask, other=0.0).to(tl.float32),)
+            ptrs += stride_c  # walks from class to class, so no c * stride can overflow
         top = x[0]
         for c in tl.static_range(1, C):
             top = tl.maximum(top, x[c])
-        total = tl.exp(x[0] - top)
-        for c in tl.static_range(1, C):
-            total += tl.exp(x[c] - top)
-        log_total = tl.log(total)
         out = ()
         for c in tl.static_range(C):
-            out = out + ((x[c] - top) - log_total,)  # in this order logits of 1e4 keep their digits
+            out = out + ((x[c] - top) * inv_tau,)
         return out
+
+    @triton.jit
+    def _exp(z, C: tl.constexpr):
+        """C vectors of exp(z_c), and their sum."""
+        e = (tl.exp(z[0]),)
+        total = e[0]
+        for c in tl.static_range(1, C):
+            e = e + (tl.exp(z[c]),)
+            total += e[c]
+        return e, total
 
     @triton.jit
     def _distance_kernel(
@@ -94,20 +100,24 @@ if triton is not None:
         n = (pid // blocks).to(tl.int64)
         pixel = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
         mask = pixel < HW
-        log_p = _log_softmax(_pixel_ptrs(s_ptr, n, pixel, W, s_n, s_h, s_w, FLAT), s_c, mask, inv_tau, C)
-        log_q = _log_softmax(_pixel_ptrs(t_ptr, n, pixel, W, t_n, t_h, t_w, FLAT), t_c, mask, inv_tau, C)
+        zs = _load_shifted(_pixel_ptrs(s_ptr, n, pixel, W, s_n, s_h, s_w, FLAT), s_c, mask, inv_tau, C)
+        zt = _load_shifted(_pixel_ptrs(t_ptr, n, pixel, W, t_n, t_h, t_w, FLAT), t_c, mask, inv_tau, C)
+        es, sum_s = _exp(zs, C)
+        et, sum_t = _exp(zt, C)
+        inv_s, inv_t = 1.0 / sum_s, 1.0 / sum_t
+        log_ratio = tl.log(sum_t) - tl.log(sum_s)
 
         p, e = (), ()
         loss = tl.zeros((BLOCK,), tl.float32)
         dot = tl.zeros((BLOCK,), tl.float32)
         for c in tl.static_range(C):
-            pc, qc = tl.exp(log_p[c]), tl.exp(log_q[c])
+            pc, qc = es[c] * inv_s, et[c] * inv_t
             p, e = p + (pc,), e + (pc - qc,)
             if MSE:
                 loss += e[c] * e[c]
                 dot += e[c] * pc
             else:
-                d = log_q[c] - log_p[c]
+                d = (zt[c] - zs[c]) - log_ratio  # log q - log p
                 series = 1 / 2 - d * (1 / 6 - d * (1 / 24 - d * (1 / 120 - d * (1 / 720))))
                 loss += tl.where(tl.abs(d) < 0.25, qc * d * d * series, e[c] + qc * d)
         if LOSS:
@@ -123,8 +133,8 @@ if triton is not None:
 def _launch(student, teacher, grad, upstream, tau, expected, mse):
     """Forward where `upstream` is None: returns the loss. Otherwise fills `grad`."""
     n, c, h, w = student.shape
-    # Four warps, 16 bytes per thread and load: 4 pixels of fp32, 8 of the half types; past 8 classes 8 would spill.
-    block = 128 * (16 // student.element_size() if c <= 8 else 4)
+    # Four warps, 16 bytes per thread and load: 4 pixels of fp32, 8 of the half types; fewer where registers run out.
+    block = 128 * (16 // student.element_size() if c <= 4 else 4 if c <= 8 else 2)
     blocks = -(-h * w // block)
     tensors = [student, teacher] + ([] if grad is None else [grad])
     flat = h == 1 or all(x.stride(2) == w * x.stride(3) for x in tensors)
@@ -216,8 +226,9 @@ def _distance(student, teacher, tau, mse, expected):
     apply = _Distance.apply
     if torch.compiler.is_compiling():  # the graph breaks around the launch
         apply = torch.compiler.disable(apply)
-    guess = expected is not None and student.dtype != torch.float16 and student.requires_grad and torch.is_grad_enabled()
-    return apply(student, teacher.detach(), float(tau), mse, float(expected) if guess else None)
+    if student.dtype == torch.float16 or not (student.requires_grad and torch.is_grad_enabled()):
+        expected = None
+    return apply(student, teacher.detach(), float(tau), mse, None if expected is None else float(expected))
 
 
 def _use_triton(*tensors):

@@ -7,7 +7,7 @@ distillation from a teacher and consistency with a co-teacher on all of them. Tr
 
 Maths. s, t, c: logits of student, teacher, co-teacher, (N, C, H, W); the first N_l slices are labelled. M = N*H*W,
 p = softmax(s), r = softmax(c), p' = softmax(s / tau), q' = softmax(t / tau), V labelled pixels, K scored classes:
-    I_c = sum p_c y_c        D_c = smooth + sum y_c + (sum p_c^2 if squared else sum p_c)        R_c = (2 I_c + smooth) / D_c
+    I_c = sum p_c y_c      D_c = smooth + sum y_c + (sum p_c^2 if squared else sum p_c)     R_c = (2 I_c + smooth) / D_c
     dice = 1 - 1/K sum_c R_c         a_c = d dice/d p_c = 1/(K D_c) * (R_c * (2 p_c if squared else 1) - 2 y_c)
     ce   = -1/V sum log p_y          over the labelled pixels that are not ignored, as in Dice
     kd   = tau^2/M sum q' (log q' - log p')  for distill="kl",  1/M sum e^2 with e = p' - q'  for "mse"
@@ -18,7 +18,7 @@ p = softmax(s), r = softmax(c), p' = softmax(s / tau), q' = softmax(t / tau), V 
 Bytes. Let U be one logits tensor of all N slices, u its labelled part, L the labels. `expected_grads` are the gradients
 that the four terms will receive, their weights in the sum: the second pass writes the gradient for them, the backward
 compares them, on the device, with those that arrive: nothing to do, or all of it anew. A wrong guess costs time only.
-                             forward                          backward                total       at N_l = N/2, fp32, uint8
+                           forward                        backward                total      N_l = N/2, fp32, uint8
     expected right           R u, L; R s, t, c, L; W g        16 bytes                4 U + u     @A@
     expected wrong           the same                         R s, t, c, L; W g       8 U + u     @B@
     expected_grads=None      R u, L; R s, t, c, L             R s, t, c, L; W g       7 U + u     @C@
@@ -55,27 +55,29 @@ if triton is not None:
             return ptr + n * stride_n + (pixel // W).to(tl.int64) * stride_h + (pixel % W).to(tl.int64) * stride_w
 
     @triton.jit
-    def _load(ptrs, stride_c, mask, C: tl.constexpr):
-        """C vectors of fp32 logits. The pointer walks from class to class, so no c * stride can overflow."""
+    def _load_shifted(ptrs, stride_c, mask, C: tl.constexpr):
+        """C vectors of logit - the pixel's largest: in this order logits of 1e4 keep their digits."""
         x = ()
         for _ in tl.static_range(C):
             x = x + (tl.load(ptrs, mask=mask, other=0.0).to(tl.float32),)
-            ptrs += stride_c
-        return x
-
-    @triton.jit
-    def _log_softmax(x, inv_tau, C: tl.constexpr):
+            ptrs += stride_c  # walks from class to class, so no c * stride can overflow
         top = x[0]
         for c in tl.static_range(1, C):
             top = tl.maximum(top, x[c])
-        total = tl.exp((x[0] - top) * inv_tau)
-        for c in tl.static_range(1, C):
-            total += tl.exp((x[c] - top) * inv_tau)
-        log_total = tl.log(total)
         out = ()
         for c in tl.static_range(C):
-            out = out + ((x[c] - top) * inv_tau - log_total,)  # in this order logits of 1e4 keep their digits
+            out = out + (x[c] - top,)
         return out
+
+    @triton.jit
+    def _exp(z, inv_tau, C: tl.constexpr):
+        """C vectors of exp(z_c / tau), and their sum."""
+        e = (tl.exp(z[0] * inv_tau),)
+        total = e[0]
+        for c in tl.static_range(1, C):
+            e = e + (tl.exp(z[c] * inv_tau),)
+            total += e[c]
+        return e, total
 
     @triton.jit
     def _thread_sum(x, VEC: tl.constexpr):
@@ -109,14 +111,15 @@ if triton is not None:
             mask = pixel < HW
             y = tl.load(_pixel_ptrs(y_ptr, n, pixel, W, y_n, y_h, y_w, FLAT), mask=mask, other=0).to(tl.int32)
             keep = mask & (y != ignore)
-            x = _load(_pixel_ptrs(s_ptr, n, pixel, W, s_n, s_h, s_w, FLAT), s_c, mask, C)
-            log_p = _log_softmax(x, 1.0, C)
+            z = _load_shifted(_pixel_ptrs(s_ptr, n, pixel, W, s_n, s_h, s_w, FLAT), s_c, mask, C)
+            e, total = _exp(z, 1.0, C)
+            inv_total, log_total = 1.0 / total, tl.log(total)
             nll = tl.where(keep, float("nan"), 0.0)  # a label that is no class stays NaN: seen without a host sync
             new = ()
             for c in tl.static_range(C):
-                p = tl.where(keep, tl.exp(log_p[c]), 0.0)
+                p = tl.where(keep, e[c] * inv_total, 0.0)
                 hit = keep & (y == c)
-                nll = tl.where(hit, -log_p[c], nll)
+                nll = tl.where(hit, log_total - z[c], nll)
                 new = new + (
                     acc[3 * c] + _thread_sum(tl.where(hit, p, 0.0), VEC),
                     acc[3 * c + 1] + _thread_sum(p * p if SQUARED else p, VEC),
@@ -188,25 +191,27 @@ if triton is not None:
         n = (pid // blocks).to(tl.int64)
         pixel = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
         mask = pixel < HW
-        x = _load(_pixel_ptrs(s_ptr, n, pixel, W, s_n, s_h, s_w, FLAT), s_c, mask, C)
+        zs = _load_shifted(_pixel_ptrs(s_ptr, n, pixel, W, s_n, s_h, s_w, FLAT), s_c, mask, C)
         zero = tl.zeros((BLOCK,), tl.float32)
         grad = ()
 
         # A, the gradient at the probabilities of Dice and consistency, and its way back through the softmax
-        log_p = _log_softmax(x, 1.0, C)
+        es, sum_s = _exp(zs, 1.0, C)
+        inv_s = 1.0 / sum_s
         if GRAD:
             labels = pixel < tl.where(n < labeled, HW, 0)
             y = tl.load(_pixel_ptrs(y_ptr, n, pixel, W, y_n, y_h, y_w, FLAT), mask=labels, other=0).to(tl.int32)
             keep = labels & (y != ignore)
             up_ce *= tl.load(coef_ptr + 2 * C)
         if c_ptr is not None:
-            z = _load(_pixel_ptrs(c_ptr, n, pixel, W, c_n, c_h, c_w, FLAT), c_c, mask, C)
-            log_r = _log_softmax(z, 1.0, C)
+            zc = _load_shifted(_pixel_ptrs(c_ptr, n, pixel, W, c_n, c_h, c_w, FLAT), c_c, mask, C)
+            ec, sum_c = _exp(zc, 1.0, C)
+            inv_c = 1.0 / sum_c
         p, a = (), ()
         co = zero
         dot = zero
         for c in tl.static_range(C):
-            pc = tl.exp(log_p[c])
+            pc = es[c] * inv_s
             ac = zero
             if GRAD:
                 on_label = up_dice * tl.load(coef_ptr + 2 * c)
@@ -214,7 +219,7 @@ if triton is not None:
                 ac = tl.where(y == c, on_label, 0.0) + on_prob * (2.0 * pc if SQUARED else 1.0)
                 ac = tl.where(keep, ac, 0.0)
             if c_ptr is not None:
-                diff = pc - tl.exp(log_r[c])
+                diff = pc - ec[c] * inv_c
                 co += diff * diff
                 ac += (2.0 * up_co * inv_pixels) * diff
             p, a = p + (pc,), a + (ac,)
@@ -226,19 +231,21 @@ if triton is not None:
 
         kd = zero
         if t_ptr is not None:
-            z = _load(_pixel_ptrs(t_ptr, n, pixel, W, t_n, t_h, t_w, FLAT), t_c, mask, C)
-            log_p = _log_softmax(x, inv_tau, C)
-            log_q = _log_softmax(z, inv_tau, C)
+            zt = _load_shifted(_pixel_ptrs(t_ptr, n, pixel, W, t_n, t_h, t_w, FLAT), t_c, mask, C)
+            es, sum_s = _exp(zs, inv_tau, C)
+            et, sum_t = _exp(zt, inv_tau, C)
+            inv_s, inv_t = 1.0 / sum_s, 1.0 / sum_t
+            log_ratio = tl.log(sum_t) - tl.log(sum_s)
             p, e = (), ()
             dot = zero
             for c in tl.static_range(C):
-                pc, qc = tl.exp(log_p[c]), tl.exp(log_q[c])
+                pc, qc = es[c] * inv_s, et[c] * inv_t
                 p, e = p + (pc,), e + (pc - qc,)
                 if MSE:
                     kd += e[c] * e[c]
                     dot += e[c] * pc
                 else:  # q (exp(-d) - 1 + d): no term is negative, and the series keeps the digits of a small one
-                    d = log_q[c] - log_p[c]
+                    d = (zt[c] - zs[c]) * inv_tau - log_ratio
                     series = 1 / 2 - d * (1 / 6 - d * (1 / 24 - d * (1 / 120 - d * (1 / 720))))
                     kd += tl.where(tl.abs(d) < 0.25, qc * d * d * series, e[c] + qc * d)
             if GRAD:
@@ -262,8 +269,8 @@ if triton is not None:
 def _geometry(*tensors):
     """Vector width, pixels per block, blocks per slice, and whether every tensor's rows follow each other."""
     _, c, h, w = tensors[0].shape
-    # Four warps, 16 bytes per thread and load: 4 pixels of fp32, 8 of the half types; past 4 classes 8 would spill.
-    vec = 16 // tensors[0].element_size() if c <= 4 else 4
+    # Four warps, 16 bytes per thread and load: 4 pixels of fp32, 8 of the half types; fewer where registers run out.
+    vec = 16 // tensors[0].element_size() if c <= 4 else 4 if c <= 8 else 2
     flat = h == 1 or all(x.stride(-2) == w * x.stride(-1) for x in tensors if x is not None)
     return vec, 128 * vec, -(-h * w // (128 * vec)), flat
 

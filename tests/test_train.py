@@ -162,7 +162,7 @@ def test_terms_of_each_method(data, tmp_path, method, more, present):
     net, checkpoint = load_model(tmp_path / "run" / "best.pt")
     assert net.architecture["base"] == (8 if "--network" in more else 4)
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        "config.json", "log.csv", "curves.png", "best.pt", "last.pt", "summary.json"}
+        "config.json", "log.csv", "curves.png", "best.pt", "last.pt", "previous.pt", "summary.json"}
     written = json.loads((tmp_path / "run" / "config.json").read_text())
     assert written["labeled_patients"][:2] == ["patient099", "patient038"]
     assert checkpoint["config"]["method"] == written["config"]["method"] == method
@@ -281,6 +281,41 @@ def test_infinite_loss_stops_with_its_step_and_slices(data, tmp_path, capsys):
              Slices(config(data), torch.device("cpu")).indices(4)[0]]
     assert all(name in error for name in names)
     assert (tmp_path / "run" / "last.pt").read_bytes() == poisoned                       # nothing written after it
+
+
+def test_damaged_last_checkpoint_falls_back(data, tmp_path, capsys):
+    run(data, tmp_path / "run")
+    last = tmp_path / "run" / "last.pt"
+    last.write_bytes(last.read_bytes()[:-1000])
+    assert main(["--resume", str(tmp_path / "run"), "--iters", "5"]) == 0
+    assert "previous.pt, step 2" in capsys.readouterr().err
+    assert load_checkpoint(last)["step"] == 5
+    with open(tmp_path / "run" / "log.csv") as f:
+        assert [row["step"] for row in csv.DictReader(f)] == ["1", "2", "3", "4", "5"]
+
+
+def test_second_run_in_one_folder_is_told_who_holds_it(data, tmp_path, capsys):
+    process = start(data, tmp_path / "run", "--iters", "100000")
+    wait_for_step(tmp_path / "run", 2, process)
+    assert main(["--resume", str(tmp_path / "run"), "--minutes", "1"]) == 2
+    assert str(process.pid) in capsys.readouterr().err
+    process.kill()
+    process.wait()
+    assert main(["--resume", str(tmp_path / "run"), "--minutes", "1e-9"]) == 0
+
+
+def test_full_disk_keeps_the_checkpoint(data, tmp_path, monkeypatch, capsys):
+    run(data, tmp_path / "run")
+    before = load_checkpoint(tmp_path / "run" / "last.pt")["step"]
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("models.os.fsync", full)
+    assert main(["--resume", str(tmp_path / "run"), "--iters", "8"]) == 2
+    error = capsys.readouterr().err
+    assert "No space left" in error.splitlines()[-1]
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == before
+    assert not list((tmp_path / "run").glob("*.tmp"))
 
 
 @pytest.mark.parametrize(("options", "says"), [

@@ -1,0 +1,600 @@
+"""data_prep.py against real ACDC files, the community's copy, damaged input, kills and a full disk."""
+
+import ctypes
+import errno
+import gzip
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import nibabel as nib
+import numpy as np
+import pytest
+
+import data_prep
+from data_prep import SPLIT, DataError
+
+SCRIPT = Path(data_prep.__file__).resolve()
+ACDC = SCRIPT.parent.parent / "shared" / "acdc"
+real = pytest.mark.skipif(not (ACDC / "database").is_dir(), reason="no ACDC files in ../shared/acdc")
+root_only = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root")
+posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and locks")
+
+
+def cli(*args, **kwargs):
+    command = [sys.executable, str(SCRIPT), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+
+
+def content(root):
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def one_error(text, *words):
+    assert text.count("\n") == 1, text
+    assert "Traceback" not in text
+    for word in words:
+        assert str(word) in text, text
+
+
+@pytest.fixture(scope="session")
+def phantom(tmp_path_factory):
+    out = tmp_path_factory.mktemp("phantom") / "out"
+    data_prep.make_phantom(out, patients=6, workers=2)
+    return out
+
+
+@pytest.fixture
+def raw(phantom, tmp_path):
+    """One raw patient of val, to be damaged."""
+    shutil.copytree(phantom / "raw/training/patient028", tmp_path / "raw/training/patient028")
+    return tmp_path / "raw"
+
+
+@pytest.fixture
+def prepared(phantom, tmp_path):
+    out = tmp_path / "prepared"
+    shutil.copytree(phantom, out, ignore=shutil.ignore_patterns("raw"))
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------- split, real data
+
+
+def test_split():
+    assert [len(SPLIT[s]) for s in ("train", "val", "test", "official")] == [70, 10, 20, 50]
+    assert sorted(itertools.chain(*SPLIT.values())) == [f"patient{n:03d}" for n in range(1, 151)]
+    assert SPLIT["train"][:3] == ("patient099", "patient038", "patient050")
+
+
+@real
+def test_labeled_patients_have_the_published_number_of_slices():
+    names = (ACDC / "published_h5/train_slices.list").read_text().split()
+    order = list(dict.fromkeys(name[:10] for name in names))
+    assert tuple(order) == SPLIT["train"]
+    wanted = {1: 32, 3: 68, 7: 136, 14: 256, 21: 396, 28: 512, 35: 664, 70: 1312}
+    assert {k: sum(name[:10] in order[:k] for name in names) for k in wanted} == wanted
+
+
+@real
+def test_equals_the_published_files_bit_for_bit(tmp_path):
+    patients = ("patient099", "patient090", "patient028", "patient085")
+    for p in patients:
+        os.makedirs(tmp_path / "raw/training", exist_ok=True)
+        os.symlink(ACDC / "database/training" / p, tmp_path / "raw/training" / p)
+    out, published = tmp_path / "out", ACDC / "published_h5"
+    manifest = data_prep.convert(tmp_path / "raw", out, allow_missing=True)
+    theirs = sorted(published.rglob("*.h5"))
+    assert len(theirs) == 50
+    for path in theirs:
+        with h5py.File(path) as a, h5py.File(out / path.relative_to(published)) as b:
+            for key in ("image", "label"):
+                assert a[key].dtype == b[key].dtype
+                assert a[key][()].tobytes() == b[key][()].tobytes(), path
+    for name in ("train", "val", "train_slices"):
+        names = [n for n in (published / f"{name}.list").read_text().split() if n[:10] in patients]
+        ours = (out / f"{name}.list").read_text().split()
+        if name == "train_slices":  # volumes in their order, slices ascending
+            volumes = [key for key, _ in itertools.groupby(names, lambda n: n[:18])]
+            assert [key for key, _ in itertools.groupby(ours, lambda n: n[:18])] == volumes
+            names, ours = sorted(names), sorted(ours)
+        assert ours == names
+    assert manifest["counts"]["train"] == {"patients": 2, "volumes": 4, "slices": 46}
+
+    with h5py.File(out / "data/slices/patient090_frame01_slice_1.h5") as h:
+        assert h.attrs["source"] == "patient090/patient090_frame04.nii.gz"
+    with h5py.File(out / "data/slices/patient090_frame02_slice_1.h5") as h:
+        assert h.attrs["source"] == "patient090/patient090_frame11.nii.gz"
+    volume = data_prep.read_volume(out, "patient085_frame02")
+    assert volume.group == data_prep.read_info(ACDC / "database/training/patient085")["Group"]
+    assert volume.spacing == pytest.approx((5.0, 1.21528, 1.21528), abs=1e-4)
+    assert data_prep.check(out) == []
+
+
+@real
+def test_spacing_is_the_zooms_and_not_the_affine():
+    folder = ACDC / "database/training/patient090"
+    assert (data_prep.read_info(folder)["ED"], data_prep.read_info(folder)["ES"]) == (4, 11)
+    array, spacing, image = data_prep.load_nifti(folder / "patient090_frame04.nii.gz")
+    assert array.shape == (7, 224, 154)
+    assert spacing == pytest.approx((10.0, 1.78571, 1.78571), abs=1e-4)
+    assert np.abs(np.diag(image.affine)).tolist() == [1, 1, 1, 1]  # the lie
+    cine, spacing, _ = data_prep.load_nifti(folder / "patient090_4d.nii.gz")
+    assert cine.shape == (12, 7, 224, 154)
+    assert spacing == pytest.approx((10.0, 1.78571, 1.78571), abs=1e-4)
+    assert np.array_equal(cine[3], array)  # frame 04
+
+
+# -------------------------------------------------------------------------------------------------------------- phantom
+
+
+def test_phantom_same_seed_same_bytes(phantom, tmp_path):
+    done = cli("--phantom", tmp_path / "a", "--patients", 6, "--workers", 1)
+    assert done.returncode == 0, done.stderr
+    assert content(tmp_path / "a") == content(phantom)
+    data_prep.make_phantom(tmp_path / "b", patients=6, seed=1)
+    frame = "data/patient028_frame01.h5"
+    assert (tmp_path / "b" / frame).read_bytes() != (phantom / frame).read_bytes()
+
+
+def test_phantom_has_a_heart(phantom):
+    ed, es = (data_prep.read_volume(phantom, f"patient028_frame{n:02d}") for n in (1, 2))
+    for label in (ed.label, es.label):
+        areas = np.array([[(z == k).sum() for k in (1, 2, 3)] for z in label])  # (Z, class)
+        assert (areas[1] > 0).all()
+        assert areas[-1, 0] == 0  # no right ventricle at the apex
+        assert areas[1, 2] > 2 * areas[-1, 2]  # the left one narrows
+        y, x = np.argwhere(label[1] > 0).mean(0) / label[1].shape
+        assert 0.3 < y < 0.7
+        assert 0.3 < x < 0.7
+        rv, lv = (np.argwhere(label[1] == k).mean(0) for k in (1, 3))
+        assert rv[1] < lv[1]  # on the left of the picture
+    assert (ed.label == 3).sum() > 1.2 * (es.label == 3).sum()
+    assert (ed.label == 1).sum() > 1.1 * (es.label == 1).sum()
+    blood, muscle = (ed.image[1][ed.label[1] == k] for k in (3, 2))
+    assert np.median(blood) > np.median(muscle) + 0.15
+    outside = ed.image[1][ed.label[1] == 0]
+    assert np.quantile(outside, 0.9) > np.median(blood) * 0.6  # intensity alone does not separate
+    assert data_prep.read_info(phantom / "raw/training/patient090")["ED"] == 4
+    kinds = {nib.load(p).get_data_dtype().name for p in phantom.glob("raw/*/*/*_frame??.nii.gz")}
+    assert kinds == {"float32", "int16", "uint8"}
+    _, spacing, image = data_prep.load_nifti(next(phantom.glob("raw/training/*/*_frame01.nii.gz")))
+    assert spacing[0] >= 8 > 1.8 > spacing[1] > 1.3
+    assert np.isnan(image.header["scl_slope"]) or image.header["scl_slope"] == 0
+    assert abs(image.affine[0, 0]) == 1
+
+
+def test_phantom_refuses_a_folder_with_other_data(prepared, capfd):
+    before = content(prepared)
+    assert data_prep.main(["--phantom", str(prepared), "--patients", "7"]) == 2
+    one_error(capfd.readouterr().err, prepared, "other data")
+    assert content(prepared) == before
+
+
+def test_reading_back(phantom):
+    assert data_prep.read_list(phantom, "val") == ["patient028_frame01", "patient028_frame02"]
+    official = data_prep.read_volume(phantom, data_prep.read_list(phantom, "official")[0])
+    assert official.label is None
+    assert official.image.dtype == np.float32
+    slices = list(data_prep.read_slices(phantom))
+    assert [s[0] for s in slices] == (phantom / "train_slices.list").read_text().split()
+    patients = list(dict.fromkeys(name[:10] for name, _, _ in slices))
+    assert patients == [p for p in SPLIT["train"] if p in patients]
+    assert [int(name.rsplit("_", 1)[1]) for name, _, _ in slices[:3]] == [1, 2, 3]
+    whole = data_prep.read_patient(phantom / "raw/training" / patients[0], True)[0]
+    assert np.array_equal(slices[2][1], whole[0][2])
+    assert np.array_equal(slices[2][2], whole[1][2])
+    assert (slices[0][1].dtype, slices[0][2].dtype) == (np.float32, np.uint8)
+    with pytest.raises(DataError, match="absent"):
+        data_prep.read_volume(phantom, "patient019_frame01")
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+def _edit(path, change):
+    """Rewrite a NIfTI file with change(array in file order) -> array."""
+    image = nib.load(path)
+    array = change(np.asarray(image.dataobj))
+    new = nib.Nifti1Image(array, None)
+    new.header.set_zooms((1.5, 1.5, 10.0, 1.0)[: array.ndim])
+    path.write_bytes(gzip.compress(new.to_bytes()))
+
+
+def _header(path, offset, values, dtype):
+    data = bytearray(gzip.decompress(path.read_bytes()))
+    packed = np.array(values, dtype).tobytes()
+    data[offset : offset + len(packed)] = packed
+    path.write_bytes(gzip.compress(bytes(data)))
+
+
+def _info(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+FRAME, TRUTH, INFO = "patient028_frame01.nii.gz", "patient028_frame01_gt.nii.gz", "Info.cfg"
+BAD_INPUT = {
+    "truncated": (FRAME, _truncate, "fetch"),
+    "empty": (FRAME, lambda p: p.write_bytes(b""), "fetch"),
+    "not gzip": (FRAME, lambda p: p.write_bytes(b"hello" * 200), "fetch"),
+    "label truncated": (TRUTH, _truncate, "fetch"),
+    "label shape": (TRUTH, lambda p: _edit(p, lambda a: a[1:]), "shape"),
+    "label 4": (TRUTH, lambda p: _edit(p, lambda a: a + 2), "0..3"),
+    "label 1.5": (TRUTH, lambda p: _edit(p, lambda a: a * np.float32(0.5)), "0..3"),
+    "label absent": (TRUTH, lambda p: p.unlink(), "fetch"),
+    "no ED": (INFO, lambda p: _info(p, "ED:", "XX:"), "ED"),
+    "no ES": (INFO, lambda p: _info(p, "ES: ", "ES: x"), "ES"),
+    "frame absent": ("patient028_frame07.nii.gz", lambda p: _info(p.parent / INFO, "ED: 1", "ED: 7"), "ED: 7"),
+    "no Info.cfg": (INFO, lambda p: p.unlink(), "absent"),
+    "binary Info.cfg": (INFO, lambda p: p.write_bytes(bytes(range(256)) * 9), "ED"),
+    "constant": (FRAME, lambda p: _edit(p, np.ones_like), "every voxel"),
+    "4D": (FRAME, lambda p: _edit(p, lambda a: np.stack([a, a], 3)), "4D"),
+    "2D": (FRAME, lambda p: _edit(p, lambda a: a[:, :, 0]), "3D"),
+    "NaN": (FRAME, lambda p: _edit(p, lambda a: np.where(a > a.mean(), np.float32(np.nan), a)), "NaN"),
+    "complex": (FRAME, lambda p: _edit(p, lambda a: a.astype(np.complex64)), "complex"),
+    "no spacing": (FRAME, lambda p: _header(p, 80, [0, 0, 0], "<f4"), "zooms"),
+    "huge": (FRAME, lambda p: _header(p, 42, [32767, 32767, 32767], "<i2"), "claims"),
+    "negative size": (FRAME, lambda p: _header(p, 42, [-5], "<i2"), "fetch"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input(raw, tmp_path, capfd, name):
+    file, damage, word = BAD_INPUT[name]
+    damage(raw / "training/patient028" / file)
+    assert data_prep.main([str(raw), str(tmp_path / "new/out"), "--allow-missing"]) == 2
+    one_error(capfd.readouterr().err, file, word)
+    assert not (tmp_path / "new").exists()
+
+
+def test_bad_input_leaves_an_earlier_preparation_alone(raw, tmp_path):
+    out = tmp_path / "out"
+    data_prep.convert(raw, out, allow_missing=True)
+    before = content(out)
+    shutil.copytree(raw / "training/patient028", raw / "training/patient085")
+    with pytest.raises(DataError, match=r"patient085_frame01\.nii\.gz"):
+        data_prep.convert(raw, out, allow_missing=True)
+    assert content(out) == before
+
+
+def test_cli_errors_are_one_line(raw, tmp_path):
+    for args, words in {
+        (): ("--phantom",),
+        (raw, "--phantom"): ("give one of",),
+        (raw, tmp_path / "out"): ("lacks 149 of 150", "patient099", "--allow-missing"),
+        (tmp_path / "nothing",): ("nothing", "training/"),
+        ("--check", tmp_path / "nothing"): ("nothing", "no such folder"),
+        (raw, raw / "training/patient028/Info.cfg", "--allow-missing"): ("Info.cfg", "choose another OUT"),
+        (raw, "--workers", "0"): ("--workers",),
+        ("--phantom", tmp_path / "out", "--patients", "2"): ("--patients",),
+    }.items():
+        done = cli(*args, cwd=tmp_path)
+        assert done.returncode == 2, done
+        one_error(done.stderr, *words)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["raw"]
+
+
+def test_stray_files_and_odd_names(raw, tmp_path):
+    clean = data_prep.convert(raw, tmp_path / "clean", allow_missing=True)
+    patient = raw / "training/patient028"
+    for p in (raw, patient.parent, patient):
+        (p / ".DS_Store").write_bytes(b"\0\1")
+        (p / "MANDATORY_CITATION.md").write_text("cite")
+    (patient / "patient028_frame01 (1).nii.gz").write_bytes(b"copy")
+    (patient / "._patient028_frame01.nii.gz").write_bytes(b"resource fork")
+    shutil.copytree(patient, patient.parent / "patient028 copy")
+    (patient.parent / "patient085").write_text("a file, no folder")
+    os.symlink("patient082", patient.parent / "patient082")  # a loop
+    odd = tmp_path / "données ✓ 心"
+    raw.rename(odd)
+    done = cli(odd, odd / "out put", "--allow-missing")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((odd / "out put/manifest.json").read_text()) == clean
+    assert content(odd / "out put") == content(tmp_path / "clean")
+
+
+def test_database_its_parent_and_a_folder_of_patients_are_the_same(raw, tmp_path):
+    os.mkdir(tmp_path / "parent")
+    os.symlink(raw, tmp_path / "parent/database")
+    found = [{p: f.resolve() for p, f in data_prep.find_patients(r).items()}
+             for r in (raw, tmp_path / "parent", raw / "training")]  # fmt: skip
+    assert found[0] == found[1] == found[2] == {"patient028": raw / "training/patient028"}
+
+
+def test_random_damage_to_a_nifti_header_ends_in_a_dataerror(raw):
+    path = raw / "training/patient028" / FRAME
+    data, rng, refused = gzip.decompress(path.read_bytes()), np.random.default_rng(0), 0
+    passed = 0
+    for _ in range(200):
+        bad = bytearray(data)
+        for position in rng.integers(0, 352, rng.integers(1, 9)):
+            bad[position] = rng.integers(256)
+        path.write_bytes(gzip.compress(bytes(bad), 1))
+        try:
+            data_prep.load_nifti(path)
+        except DataError as e:
+            refused += "\n" not in str(e) and FRAME in str(e)
+        else:
+            passed += 1
+    assert refused + passed == 200
+    assert refused > 40
+
+
+# --------------------------------------------------------------------------------------------------- disk, kills, locks
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_full_disk(raw, tmp_path, monkeypatch, capfd, seed):
+    """A write that fails at some byte: ENOSPC in one line, nothing left."""
+    room = int(np.random.default_rng(seed).integers(1, 60_000))
+
+    class Full:
+        def __init__(self, path):
+            self.file, self.left = open(path, "wb"), room  # noqa: SIM115
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, data):
+            self.file.write(data[: self.left])
+            if len(data) > self.left:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    def full_open(path, mode):
+        return Full(path) if mode == "wb" else open(path, mode)
+
+    monkeypatch.setattr(data_prep, "open", full_open, raising=False)
+    assert data_prep.main([str(raw), str(tmp_path / "out"), "--allow-missing"]) == 2
+    one_error(capfd.readouterr().err, ".h5", "No space left", "free some space")
+    assert not (tmp_path / "out").exists()
+
+
+@root_only
+def test_full_disk_for_real(raw, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "none", disk], capture_output=True
+    )
+    if not mounted or mounted.returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        done = cli(raw, disk / "out", "--allow-missing")
+        assert done.returncode == 2
+        one_error(done.stderr, str(disk), "No space left", "free some space")
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="drops a Linux capability")
+def test_no_write_permission(raw, tmp_path):
+    """As root, without the capability that lets root write anywhere."""
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    drop = (lambda: ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)) if os.geteuid() == 0 else None  # CAP_DAC_OVERRIDE
+    done = cli(raw, locked / "out", "--allow-missing", preexec_fn=drop)
+    assert done.returncode == 2
+    one_error(done.stderr, locked, "Permission denied")
+    assert list(locked.iterdir()) == []
+
+
+@posix
+@pytest.mark.parametrize(("files", "sig"), [(1, signal.SIGKILL), (9, signal.SIGKILL), (30, signal.SIGKILL),
+                                            (5, signal.SIGINT)])  # fmt: skip
+def test_killed_and_run_again(phantom, tmp_path, files, sig):
+    out = tmp_path / "out"
+    command = [sys.executable, str(SCRIPT), str(phantom / "raw"), str(out), "--allow-missing", "--workers", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("data/**/*.h5"))) < files and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(sig)
+    _, err = process.communicate(timeout=60)
+    if sig == signal.SIGINT:
+        assert process.returncode == 130
+        one_error(err, "interrupted", "run it again")
+    else:
+        assert process.returncode == -sig
+    assert not (out / "manifest.json").exists(), "it was over before the signal"
+    done = {p: p.stat().st_mtime_ns for p in out.glob("data/**/patient*.h5")}
+    assert len(done) >= files
+
+    again = cli(*command[2:])
+    assert again.returncode == 0, again.stderr
+    assert {p: p.stat().st_mtime_ns for p in done} == done  # finished files were not written again
+    unbroken = {k: v for k, v in content(phantom).items() if not k.startswith(("raw/", "phantom.json"))}
+    assert content(out) == unbroken
+
+
+def test_a_damaged_file_of_an_earlier_run_is_made_again(prepared, phantom):
+    good = content(prepared)
+    _truncate(prepared / "data/patient028_frame01.h5")
+    (prepared / "data/.patient028_frame02.h5.4711.part").write_bytes(b"half")
+    data_prep.convert(phantom / "raw", prepared, allow_missing=True)
+    assert content(prepared) == good
+
+
+@posix
+def test_a_second_preparation_says_who_holds_the_folder(raw, tmp_path, capfd):
+    out = tmp_path / "out"
+    out.mkdir()
+    code = "import data_prep as d, pathlib, sys\nwith d.locked(pathlib.Path(sys.argv[1])): print(flush=True), input()"
+    pipe = subprocess.PIPE
+    holder = subprocess.Popen([sys.executable, "-c", code, str(out)], cwd=SCRIPT.parent, stdin=pipe, stdout=pipe)
+    try:
+        assert holder.stdout.readline() == b"\n"
+        assert data_prep.main([str(raw), str(out), "--allow-missing"]) == 2
+        one_error(capfd.readouterr().err, out, holder.pid)
+        assert [p.name for p in out.iterdir()] == [".lock"]
+    finally:
+        holder.kill()  # as a kill would, it leaves .lock behind
+        holder.wait()
+    assert data_prep.main([str(raw), str(out), "--allow-missing"]) == 0
+    assert not (out / ".lock").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------- check
+
+
+def _flat_copy(root, out):
+    """The community's layout: all files in data/, no attributes, no manifest, slices in no order."""
+    (out / "data").mkdir(parents=True)
+    for path in root.glob("data/**/*.h5"):
+        with h5py.File(path) as a, h5py.File(out / "data" / path.name, "w") as b:
+            for key in a:
+                b.create_dataset(key, data=a[key][()], compression="gzip")
+    for name in ("train", "val", "test"):
+        shutil.copy(root / f"{name}.list", out)
+    lines = (root / "train_slices.list").read_text().split()
+    groups = [list(g)[::-1] for _, g in itertools.groupby(lines, lambda n: n[:18])]
+    (out / "train_slices.list").write_text("\n".join(itertools.chain(*groups)))
+    return out
+
+
+def test_check_passes_on_ours_and_on_the_communitys_layout(phantom, tmp_path):
+    done = cli("--check", phantom)
+    assert (done.returncode, done.stdout) == (0, f"{phantom}: no faults\n")
+    flat = _flat_copy(phantom, tmp_path / "flat")
+    assert data_prep.check(flat) == []
+    volume = data_prep.read_volume(flat, "patient028_frame02")
+    assert (volume.spacing, volume.group) == (None, None)
+    ours = {name: (x.tobytes(), y.tobytes()) for name, x, y in data_prep.read_slices(phantom)}
+    assert {name: (x.tobytes(), y.tobytes()) for name, x, y in data_prep.read_slices(flat)} == ours
+
+
+def _h5(file, change):
+    def fault(root):
+        with h5py.File(root / file, "r+") as h:
+            change(h)
+        return file
+
+    return fault
+
+
+def _list(file, change):
+    def fault(root):
+        lines = (root / file).read_text().split()
+        (root / file).write_text("\n".join(change(lines)) + "\n")
+        return file
+
+    return fault
+
+
+def _replace(key, change):
+    def replaced(h):
+        array = change(h[key][()])
+        del h[key]
+        h[key] = array
+
+    return replaced
+
+
+def _swap(lines):
+    p = lines[0][:10]
+    return [n for n in lines if n[:10] != p] + [n for n in lines if n[:10] == p]
+
+
+VALUE, SLICE_FILE = "data/patient028_frame01.h5", "data/slices/patient099_frame01_slice_2.h5"
+FAULTS = {
+    "file absent": (lambda root: (root / VALUE).unlink() or VALUE, "absent"),
+    "file truncated": (lambda root: _truncate(root / VALUE) or VALUE, "cannot be read"),
+    "shapes differ": (_h5(VALUE, _replace("label", lambda a: a[1:])), "but image"),
+    "label 4": (_h5(VALUE, _replace("label", lambda a: a + 4)), "0..3"),
+    "image above 1": (_h5(SLICE_FILE, _replace("image", lambda a: a + 2)), "0..1"),
+    "NaN": (_h5(SLICE_FILE, _replace("image", lambda a: a * np.nan)), "0..1"),
+    "no label": (_h5(SLICE_FILE, lambda h: h.__delitem__("label")), "no label"),
+    "no image": (_h5(VALUE, lambda h: h.__delitem__("image")), "no image"),
+    "volume where a slice belongs": (_h5(SLICE_FILE, _replace("image", lambda a: a[None])), "2D"),
+    "text": (_h5(VALUE, _replace("image", lambda a: "hello")), "3D"),
+    "bad spacing": (_h5(VALUE, lambda h: h.attrs.__setitem__("spacing", [1.0, 0.0, 1.0])), "spacing"),
+    "other content": (_h5(SLICE_FILE, _replace("image", lambda a: a[::-1])), "manifest"),
+    "list absent": (lambda root: (root / "val.list").unlink() or "val.list", "cannot be read"),
+    "list not text": (lambda root: (root / "val.list").write_bytes(b"\xff\xfe\0") and "val.list", "cannot be read"),
+    "path in a list": (_list("val.list", lambda n: n + ["../../etc/passwd"]), "not a name"),
+    "entry twice": (_list("val.list", lambda n: n + n[-1:]), "2 times"),
+    "frame not listed": (_list("val.list", lambda n: n[1:]), "lacks patient028_frame01"),
+    "patient in two splits": (_list("test.list", lambda n: n + [f"patient028_frame0{k}" for k in "12"]), "also in"),
+    "slice not listed": (_list("train_slices.list", lambda n: n[:1] + n[2:]), "has slices"),
+    "last slice not listed": (_list("train_slices.list", lambda n: n[:-1]), "manifest"),
+    "slice of no volume": (_list("train_slices.list", lambda n: n + ["patient001_frame01_slice_1"]), "not in train"),
+    "other order": (_list("train_slices.list", _swap), "order"),
+    "manifest damaged": (lambda root: (root / "manifest.json").write_text("[1") and "manifest.json", "not a manifest"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_check_reports_a_planted_fault_in_one_line(prepared, name, capfd):
+    plant, word = FAULTS[name]
+    file = plant(prepared)
+    assert data_prep.main(["--check", str(prepared)]) == 1
+    lines = [line for line in capfd.readouterr().out.splitlines() if "patient001_frame01_slice_1.h5" not in line]
+    assert len(lines) == 1, lines
+    assert word in lines[0], lines
+    assert file in lines[0] or word == "manifest"
+
+
+def test_hdf5_that_points_elsewhere_or_lies_is_refused(tmp_path):
+    secret = tmp_path / "secret.h5"
+    with h5py.File(secret, "w") as h:
+        h["image"] = np.zeros((2, 4, 4), np.float32)
+        h["label"] = np.zeros((2, 4, 4), np.uint8)
+    np.zeros(32, np.float32).tofile(tmp_path / "secret.bin")
+    data = tmp_path / "root/data"
+    data.mkdir(parents=True)
+    layout = h5py.VirtualLayout((2, 4, 4), np.float32)
+    layout[:] = h5py.VirtualSource(secret, "image", (2, 4, 4))
+    makers = {
+        "external": lambda h: h.__setitem__("image", h5py.ExternalLink(str(secret), "image")),
+        "soft": lambda h: h.__setitem__("image", h5py.SoftLink("/other")),
+        "virtual": lambda h: h.create_virtual_dataset("image", layout),
+        "storage": lambda h: h.create_dataset(
+            "image", (2, 4, 4), np.float32, external=[(str(tmp_path / "secret.bin"), 0, 128)]
+        ),
+        "group": lambda h: h.create_group("image"),
+    }
+    for n, (name, make) in enumerate(makers.items()):
+        file = data / f"patient{n:03d}_frame01.h5"
+        with h5py.File(file, "w") as h:
+            make(h)
+        with pytest.raises(DataError, match="not in the file itself"):
+            data_prep.read_volume(tmp_path / "root", f"patient{n:03d}_frame01"), name
+    with h5py.File(data / "patient009_frame01.h5", "w") as h:  # 4 TB in a file of 2 kB
+        h.create_dataset("image", (10000, 10000, 10000), np.float32, chunks=(1, 100, 100), compression="gzip")
+    with pytest.raises(DataError, match="more than the file can hold"):
+        data_prep.read_volume(tmp_path / "root", "patient009_frame01")
+
+
+# ---------------------------------------------------------------------------------------------------------------- alone
+
+
+def test_works_when_copied_alone(tmp_path):
+    shutil.copy(SCRIPT, tmp_path)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONDONTWRITEBYTECODE": "1"}
+    code = "import data_prep, os, sys; print(os.listdir(), {'models', 'evaluate', 'torch'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("['data_prep.py'] set()\n", "")
+    command = [sys.executable, "data_prep.py", "--phantom", "--patients", "6"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "data_prep.py"]
+    assert len(list(data_prep.read_slices(tmp_path / "data/phantom"))) > 20

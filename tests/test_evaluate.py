@@ -1,0 +1,470 @@
+"""evaluate.py: metrics against hand-made values and medpy, figures of a whole evaluation against an oracle, faults."""
+import csv
+import errno
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from medpy.metric import binary
+from PIL import Image
+
+import data_prep
+import evaluate
+from models import UNet, load_model, save_checkpoint, segment_volume
+
+SCRIPT = Path(evaluate.__file__)
+ACDC = SCRIPT.parent.parent / "shared" / "acdc" / "published_h5"
+SPACING = (8.0, 1.5, 1.25)                                         # z, y, x in mm
+
+
+# -------------------------------------------------------------------------------------------------- synthetic hearts
+
+def heart(seed, phase):
+    """(image float32 0..1, label uint8), (6, 44, 48): cavity in a ring, crescent to its left, smaller towards z = 5."""
+    rng = np.random.default_rng(seed)
+    z, y, x = np.mgrid[:6, :44, :48].astype(float)
+    r = np.hypot(y - 22 - rng.uniform(-2, 2), x - 26 - rng.uniform(-2, 2))
+    s = np.hypot(y - 22, x - 17)
+    radius = (9 - z) * (1 if phase == "ED" else 0.75)
+    label = np.select([r < radius, r < radius + 3, s < radius], [3, 2, 1], 0).astype(np.uint8)
+    image = np.choose(label, [0.1, 0.6, 0.3, 1.0]) + rng.normal(0, 0.02, label.shape)
+    image -= image.min()
+    return (image / image.max()).astype(np.float32), label
+
+
+def write_root(root, splits, attributes=True, unlabeled=()):
+    (root / "data").mkdir(parents=True)
+    for split, patients in splits.items():
+        names = [f"{p}_frame{f:02d}" for p in patients for f in (1, 2)]
+        (root / f"{split}.list").write_text("".join(f"{n}\n" for n in names))
+        for name in names:
+            image, label = heart(int(name[7:10]), "ED" if name.endswith("01") else "ES")
+            with h5py.File(root / "data" / f"{name}.h5", "w") as h:
+                h.create_dataset("image", data=image, compression="gzip")
+                if name[:10] not in unlabeled:
+                    h.create_dataset("label", data=label, compression="gzip")
+                if attributes:
+                    h.attrs.update(spacing=SPACING, group="NOR", source=name)
+    return root
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Networks this small lose more than they gain by a second thread, most of all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_root(tmp_path_factory.mktemp("data") / "prepared", {
+        "val": ["patient028", "patient085", "patient082"], "test": [], "official": ["patient101", "patient102"]},
+        unlabeled=["patient102"])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, root):
+    """The student has learnt these hearts for a few seconds, the co-teacher has learnt nothing."""
+    torch.manual_seed(0)
+    student, coteacher = UNet(2, 8), UNet(2, 8)
+    images, labels = zip(*(heart(seed, phase) for seed in (1, 2) for phase in ("ED", "ES")), strict=True)
+    x, y = torch.from_numpy(np.concatenate(images))[:, None], torch.from_numpy(np.concatenate(labels)).long()
+    x = (x - x.mean((-2, -1), keepdim=True)) / x.std((-2, -1), keepdim=True)
+    optimizer = torch.optim.Adam(student.parameters(), 0.02)
+    for _ in range(40):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(student(x), y).backward()
+        optimizer.step()
+    path = tmp_path_factory.mktemp("run") / "best.pt"
+    save(path, dict(student=student, coteacher=coteacher), config=dict(data=str(root)))
+    return path
+
+
+def save(path, networks, **more):
+    content = dict(networks={k: n.state_dict() for k, n in networks.items()}, better="student", step=40, val={},
+                   architecture=networks["student"].architecture, inference=dict(view="heart", size=48), config={})
+    save_checkpoint(path, content | more)
+
+
+def run(capsys, *args):
+    """-> exit code, stdout, stderr of main in this process."""
+    code = evaluate.main([str(a) for a in args])
+    return code, *capsys.readouterr()
+
+
+def read_csv(path):
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def number(cell):
+    return float(cell) if cell else math.nan
+
+
+def medpy_metrics(p, y, spacing):
+    """Dice, Jaccard, HD95 and ASD in voxels and mm, by medpy on the whole arrays, and the rules for empty ones."""
+    if p.any() and y.any():
+        return [binary.dc(p, y), binary.jc(p, y), binary.hd95(p, y), binary.asd(p, y), binary.hd95(p, y, spacing),
+                binary.asd(p, y, spacing)]
+    if not (p.any() or y.any()):
+        return [1, 1, 0, 0, 0, 0]
+    voxels, mm = (math.sqrt(sum((n * s) ** 2 for n, s in zip(p.shape, k, strict=True))) for k in ((1, 1, 1), spacing))
+    return [0, 0, voxels, voxels, mm, mm]
+
+
+def figures(pred, label, spacing, k):
+    scores = evaluate.case_metrics(pred, label, spacing)
+    return [scores[m][k - 1] for m in evaluate.METRICS]
+
+
+# ---------------------------------------------------------------------------------------------------------- metrics
+
+def test_plates_three_apart():
+    """Two plates one voxel thick: every surface voxel is 3 voxels from the other plate, whatever the pooling."""
+    pred, label = np.zeros((2, 9, 12, 14), np.uint8)
+    pred[2], label[5] = 1, 1
+    assert figures(pred, label, (10, 1.5, 1.25), 1) == [0, 0, 3, 3, 30, 30]
+    pred, label = np.zeros((2, 9, 12, 14), np.uint8)
+    pred[:, 2], label[:, 6] = 3, 3
+    assert figures(pred, label, (10, 1.5, 1.25), 3) == [0, 0, 4, 4, 6, 6]
+
+
+def test_shifted_row():
+    """20 voxels shifted along themselves by 3: distances 17 zeros, 1, 2, 3 each way. Pooled and sorted, the 95th
+    percentile lies at 0.95 * 39 = 37.05, between the second 2 and the first 3."""
+    pred, label = np.zeros((2, 5, 5, 30), np.uint8)
+    pred[2, 2, 5:25], label[2, 2, 2:22] = 2, 2
+    expected = [17 / 20, 17 / 23, 2.05, 6 / 20, 2.05 * 1.25, 6 / 20 * 1.25]
+    np.testing.assert_allclose(figures(pred, label, SPACING, 2), expected, rtol=1e-12)
+
+
+def test_asd_goes_from_prediction_to_annotation():
+    short, long = np.zeros((2, 3, 3, 30), np.uint8)
+    short[1, 1, :10], long[1, 1, :20] = 1, 1
+    assert figures(short, long, None, 1)[3] == 0
+    assert figures(long, short, None, 1)[3] == sum(range(1, 11)) / 20
+
+
+def test_cube_in_cube():
+    """5^3 in the middle of 9^3: each surface voxel of the inner one is 2 from the outer one's surface. A metric on
+    whole masks instead of surfaces would give an ASD of 0."""
+    pred, label = np.zeros((2, 13, 13, 13), np.uint8)
+    label[2:11, 2:11, 2:11] = pred[4:9, 4:9, 4:9] = 1
+    got = figures(pred, label, (3, 3, 3), 1)
+    np.testing.assert_allclose(got[:2], [2 * 125 / (125 + 729), 125 / 729])
+    assert (got[3], got[5]) == (2, 6)
+
+
+def test_empty_masks():
+    pred, label = np.zeros((2, 3, 4, 12), np.uint8)
+    pred[1, 1, 1] = label[2, 2, 2] = 3                            # RV in neither, MYO in pred, LV in both
+    pred[0, 0, 0] = 2
+    scores = evaluate.case_metrics(pred, label, (4, 3, 1))
+    assert evaluate.dice(pred, label).tolist() == [1, 0, 0]
+    assert scores["one_empty"].tolist() == [False, True, False]
+    assert [scores[m][0] for m in evaluate.METRICS] == [1, 1, 0, 0, 0, 0]
+    assert [scores[m][1] for m in evaluate.METRICS] == [0, 0, 13, 13, math.sqrt(288 + 144), math.sqrt(288 + 144)]
+    swapped = evaluate.case_metrics(label, pred, (4, 3, 1))
+    assert [swapped[m][1] for m in evaluate.METRICS] == [scores[m][1] for m in evaluate.METRICS]
+
+
+def test_without_spacing_mm_is_nan():
+    _, label = heart(1, "ED")
+    scores = evaluate.case_metrics(label, label)
+    for metric in evaluate.METRICS:
+        assert np.isnan(scores[metric]).all() == metric.endswith("_mm")
+
+
+def agrees_with_medpy(pred, label, spacing):
+    for k in (1, 2, 3):
+        expected = medpy_metrics(pred == k, label == k, spacing)
+        np.testing.assert_allclose(figures(pred, label, spacing, k), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_masks_agree_with_medpy_uncropped(seed):
+    """Sparse and dense, somewhere inside or touching the border, single slices and rows."""
+    rng = np.random.default_rng(seed)
+    shape = tuple(rng.integers(1, 14, 3)) if seed % 4 else (1, 17, 1)
+    pred, label = np.zeros((2, *shape), np.uint8)
+    for labels in (pred, label):
+        low = rng.integers(0, shape)
+        part = labels[tuple(slice(a, a + n) for a, n in zip(low * (seed % 3 > 0), rng.integers(1, 14, 3), strict=True))]
+        part[...] = rng.integers(1, 4, part.shape) * (rng.random(part.shape) < rng.choice([0.05, 0.5, 1]))
+    agrees_with_medpy(pred, label, tuple(rng.uniform(0.5, 10, 3)))
+
+
+def test_hearts_agree_with_medpy_uncropped():
+    for seed in range(3):
+        agrees_with_medpy(heart(seed, "ED")[1], heart(seed + 1, "ES")[1], SPACING)
+
+
+@pytest.mark.skipif(not ACDC.is_dir(), reason="no ACDC files in ../shared/acdc")
+def test_real_annotations_agree_with_medpy_uncropped():
+    """The annotation of ES against ED: real shapes that differ by centimetres."""
+    ed, es = (data_prep.read_volume(ACDC, f"patient028_frame{f}").label for f in ("01", "02"))
+    agrees_with_medpy(es, ed, (10.0, 1.5625, 1.5625))
+
+
+# ------------------------------------------------------------------------------------------------ volumes, aggregation
+
+def test_aggregate_two_cases_by_hand():
+    cases = [{m: np.array(v, float) for m in evaluate.METRICS} for v in ([0.5, 0.7, 0.9], [0.9, 0.8, 0.7])]
+    cases[1]["hd95_mm"][:] = np.nan
+    table = evaluate.aggregate(cases)
+    means = [table["dice"][c]["mean"] for c in ("RV", "MYO", "LV", "mean")]
+    sds = [table["dice"][c]["sd"] for c in ("RV", "MYO", "LV", "mean")]
+    # Deviation with n - 1 of two values = their difference / sqrt(2); the volumes' means are 0.7 and 0.8.
+    np.testing.assert_allclose(means, [0.7, 0.75, 0.8, 0.75])
+    np.testing.assert_allclose(sds, np.array([0.4, 0.1, 0.2, 0.1]) / math.sqrt(2))
+    assert table["hd95_mm"]["LV"]["n"] == 1
+    assert table["hd95_mm"]["LV"]["mean"] == 0.9
+    assert math.isnan(table["hd95_mm"]["LV"]["sd"])
+    assert table["asd_mm"]["LV"]["n"] == 2
+
+
+def test_clinical_indices_by_hand():
+    labels = np.zeros((2, 10, 10), np.uint8)
+    labels[0, :4, :5], labels[1] = 3, 2                            # 20 voxels LV, 100 MYO, none RV
+    ed = evaluate.volumes_ml(labels, (10, 2, 1.5))                                              # 0.03 ml per voxel
+    np.testing.assert_allclose(ed, [0, 3, 0.6])
+    got = evaluate.clinical_indices(ed, [0.1, 3, 0.15])
+    expected = dict(lv_edv=0.6, lv_esv=0.15, lv_ef=75, rv_edv=0, rv_esv=0.1, rv_ef=np.nan, myo_mass=3.15)
+    assert list(got) == list(evaluate.INDICES)
+    np.testing.assert_allclose([got[k] for k in expected], list(expected.values()))
+
+
+def test_agreement_by_hand():
+    got = evaluate.agreement([1, 2, 4, np.nan], [1, 1, 1.5, 7])           # differences 0, 1, 2.5
+    assert got["n"] == 3
+    np.testing.assert_allclose(got["bias"], 3.5 / 3)
+    np.testing.assert_allclose(got["sd"], math.sqrt((7.25 - 3.5**2 / 3) / 2))
+    np.testing.assert_allclose(got["r"], (9 - 7 * 3.5 / 3) / math.sqrt((21 - 49 / 3) * (4.25 - 3.5**2 / 3)))
+    assert math.isnan(evaluate.agreement([1, 2, 3], [5, 5, 5])["r"])
+
+
+def test_three_slices_from_base_to_apex():
+    area = [0, 9, 8, 7, 6, 5, 4, 3, 0]
+    mask = np.arange(10)[None, None] < np.array(area)[:, None, None]
+    assert evaluate.three_slices(mask) == [2, 4, 6]
+    assert evaluate.three_slices(mask[::-1]) == [6, 4, 2]
+    assert evaluate.three_slices(mask[:2]) == [1, 1, 1]
+    assert len(evaluate.three_slices(mask[:1])) == 3                                            # nothing annotated
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+def test_command_line(checkpoint, root):
+    """Table, CSV and JSON of a real process equal medpy on the uncropped predictions; pictures hold the contours."""
+    done = subprocess.run([sys.executable, SCRIPT, checkpoint, "--split", "val", "--cpu"], capture_output=True,
+                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert (done.returncode, done.stderr) == (0, "")
+    out = checkpoint.parent / "val"
+    assert sorted(p.name for p in out.iterdir()) == ["clinical.csv", "metrics.csv", "overlay_best.png",
+                                                     "overlay_median.png", "overlay_worst.png", "summary.json"]
+    assert not list(checkpoint.parent.glob(".*"))
+
+    net, content = load_model(checkpoint)
+    names = [f"patient{p}_frame{f}" for p in ("028", "085", "082") for f in ("01", "02")]
+    volumes = [data_prep.read_volume(root, n) for n in names]
+    preds = [segment_volume(net, v.image, **content["inference"]) for v in volumes]
+    oracle = np.array([[medpy_metrics(p == k, v.label == k, SPACING) for k in (1, 2, 3)]
+                       for p, v in zip(preds, volumes, strict=True)])                           # (6, 3, 6)
+    assert 0.7 < oracle[..., 0].mean() < 1                       # a prediction worth scoring
+
+    rows = read_csv(out / "metrics.csv")
+    assert [(r["case"], r["class"]) for r in rows] == [(n, c) for n in names for c in ("RV", "MYO", "LV")]
+    assert {(r["patient"], r["phase"], r["group"]) for r in rows[:6]} == {("patient028", "ED", "NOR"),
+                                                                          ("patient028", "ES", "NOR")}
+    got = np.array([[number(r[m]) for m in evaluate.METRICS] for r in rows]).reshape(oracle.shape)
+    np.testing.assert_allclose(got, oracle, rtol=1e-5)
+    ml = [np.count_nonzero(a == k) * 0.015 for p, v in zip(preds, volumes, strict=True) for k in (1, 2, 3)
+          for a in (p, v.label)]
+    np.testing.assert_allclose([float(r[c]) for r in rows for c in ("volume_ml", "annotation_ml")], ml, rtol=1e-5)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+    summary = json.loads((out / "summary.json").read_text(), parse_constant=refuse)
+    assert (summary["network"], summary["scored"]) == ("student", 6)
+    assert summary["parameters"] == 680 + 3520 + 520 + 1760 + 36                  # two levels down, up, merge, head
+    for i, metric in enumerate(evaluate.METRICS):
+        per_class = oracle[:, :, i].mean(0)
+        for j, c in enumerate(("RV", "MYO", "LV")):
+            assert summary["metrics"][metric][c]["mean"] == pytest.approx(per_class[j], rel=1e-9)
+            assert summary["metrics"][metric][c]["sd"] == pytest.approx(oracle[:, j, i].std(ddof=1), rel=1e-9)
+        assert summary["metrics"][metric]["mean"]["mean"] == pytest.approx(per_class.mean(), rel=1e-9)
+
+    clinical = read_csv(out / "clinical.csv")
+    assert len(clinical) == 3 * 7
+    edv = [r for r in clinical if r["index"] == "lv_edv"]
+    bias = np.mean([float(r["prediction"]) - float(r["annotation"]) for r in edv])
+    assert summary["clinical"]["lv_edv"]["bias"] == pytest.approx(bias, rel=1e-3)
+    assert float(edv[0]["annotation"]) == pytest.approx(np.count_nonzero(volumes[0].label == 3) * 0.015, rel=1e-5)
+
+    mean = oracle[..., 0].mean(0).mean()
+    assert re.search(rf"^mean +{mean:.4f} ± ", done.stdout, re.M)
+    assert "HD95 mm" in done.stdout
+    assert "student of step 40, U-Net[2, 8], 0.01 M parameters" in done.stdout
+
+    by_patient = oracle[..., 0].reshape(3, 6).mean(1)            # ED and ES, three classes
+    patients = ["patient028", "patient085", "patient082"]
+    assert summary["overlays"]["best"] == patients[by_patient.argmax()]
+    assert summary["overlays"]["worst"] == patients[by_patient.argmin()]
+    for kind in ("best", "median", "worst"):
+        pixels = np.asarray(Image.open(out / f"overlay_{kind}.png").convert("RGB")).astype(int)
+        assert pixels.shape[1] > pixels.shape[0] > 500
+        for color in evaluate.COLORS.values():
+            rgb = [int(color[i:i + 2], 16) for i in (1, 3, 5)]
+            assert (np.abs(pixels - rgb).sum(-1) < 60).sum() > 1000, (kind, color)
+
+
+def test_community_layout_says_voxels(capsys, tmp_path, checkpoint):
+    """No attributes: no mm, no clinical indices, and the table says why. An older clinical.csv does not stay."""
+    flat, out = write_root(tmp_path / "flat", {"val": ["patient028"]}, attributes=False), tmp_path / "out"
+    out.mkdir()
+    (out / "clinical.csv").write_text("stale")
+    (out / "notes.txt").write_text("mine")
+    code, stdout, stderr = run(capsys, checkpoint, "--data", flat, "--split", "val", "--out", out)
+    assert (code, stderr) == (0, "")
+    assert "HD95 voxels" in stdout
+    assert " mm" not in stdout
+    assert "2 volumes carry no spacing" in stdout
+    assert sorted(p.name for p in out.iterdir()) == ["metrics.csv", "notes.txt", "overlay_best.png", "summary.json"]
+    rows = read_csv(out / "metrics.csv")
+    assert all(r["hd95_voxel"] and not r["hd95_mm"] and not r["volume_ml"] and not r["group"] for r in rows)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["clinical"] is None
+    assert summary["metrics"]["asd_mm"]["mean"] == dict(n=0, mean=None, sd=None)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(evaluate, "draw_overlay", lambda path, title, frames: path.write_text(title))
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_which_network(capsys, tmp_path, checkpoint, root):
+    scores = {}
+    for which in ("student", "coteacher"):
+        code, stdout, _ = run(capsys, checkpoint, "--split", "val", "--which", which, "--out", tmp_path / which)
+        assert code == 0
+        assert f"best.pt: {which} of step 40" in stdout
+        scores[which] = json.loads((tmp_path / which / "summary.json").read_text())["metrics"]["dice"]["mean"]["mean"]
+    assert scores["student"] > scores["coteacher"] + 0.2
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_one_empty_is_counted(capsys, monkeypatch, tmp_path, checkpoint, root):
+    """A network that never finds the RV: Dice 0, the diagonal as distance, and the count in table and summary."""
+    truth = {n: data_prep.read_volume(root, n).label for n in data_prep.read_list(root, "val")}
+    answers = iter([np.where(label == 1, 0, label).astype(np.uint8) for label in truth.values()])
+    monkeypatch.setattr(evaluate, "segment_volume", lambda *a, **k: next(answers))
+    code, stdout, _ = run(capsys, checkpoint, "--split", "val", "--out", tmp_path)
+    assert code == 0
+    assert "RV 6, MYO 0, LV 0" in stdout
+    metrics = json.loads((tmp_path / "summary.json").read_text())["metrics"]
+    assert [metrics["dice"][c]["mean"] for c in ("RV", "MYO", "LV")] == [0, 1, 1]
+    assert metrics["dice"]["mean"]["mean"] == pytest.approx(2 / 3)
+    assert metrics["hd95_voxel"]["RV"]["mean"] == pytest.approx(math.sqrt(6**2 + 44**2 + 48**2))
+
+
+def test_unlabelled_volumes_are_predicted_not_scored(capsys, tmp_path, checkpoint, root):
+    code, stdout, stderr = run(capsys, checkpoint, "--split", "official", "--out", tmp_path / "some")
+    assert (code, stderr) == (0, "evaluate.py: 2 of 4 volumes have no annotation: predicted, not scored\n")
+    rows = read_csv(tmp_path / "some" / "metrics.csv")
+    assert [bool(r["dice"]) for r in rows] == [True] * 6 + [False] * 6
+    assert all(float(r["volume_ml"]) > 0 for r in rows)
+    summary = json.loads((tmp_path / "some" / "summary.json").read_text())
+    assert (summary["volumes"], summary["scored"], summary["clinical"]["lv_ef"]["n"]) == (4, 2, 1)
+    assert summary["overlays"] == {"best": "patient101"}
+
+    bare = write_root(tmp_path / "bare", {"official": ["patient103"]}, unlabeled=["patient103"])
+    code, stdout, stderr = run(capsys, checkpoint, "--data", bare, "--split", "official", "--out", tmp_path / "none")
+    assert (code, stderr) == (0, "evaluate.py: 2 of 2 volumes have no annotation: predicted, not scored\n")
+    assert "Dice" not in stdout
+    assert "0 volumes scored" in stdout
+    assert json.loads((tmp_path / "none" / "summary.json").read_text())["overlays"] == {"first": "patient103"}
+    ef = [r for r in read_csv(tmp_path / "none" / "clinical.csv") if r["index"] == "lv_ef"]
+    assert 20 < float(ef[0]["prediction"]) < 80
+    assert ef[0]["annotation"] == ""
+
+
+# ------------------------------------------------------------------------------------------------------------ faults
+
+def one_line(code, stdout, stderr):
+    assert code == 2
+    assert stdout == ""
+    assert stderr.startswith("evaluate.py: ")
+    assert stderr.count("\n") == 1
+    return stderr
+
+
+@pytest.fixture
+def folder(tmp_path, root):
+    """A prepared folder that a test may damage, and where no results may appear."""
+    copy = write_root(tmp_path / "prepared", {"val": ["patient028"], "test": []})
+    yield copy
+    left = [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")]
+    assert not [p for p in left if "evaluate-" in p or "metrics" in p or "summary" in p or "overlay" in p], left
+
+
+def test_checkpoint_faults(capsys, tmp_path, folder):
+    def tell(path, *more):
+        return one_line(*run(capsys, path, "--data", folder, "--split", "val", "--out", tmp_path / "out", *more))
+    assert "no such checkpoint" in tell(tmp_path / "absent.pt")
+    (tmp_path / "text.pt").write_text("weights")
+    assert "text.pt: damaged" in tell(tmp_path / "text.pt")
+    save(tmp_path / "rgb.pt", dict(student=UNet(2, 4, in_channels=3)))
+    assert "rgb.pt: maps 3 channels to 4 classes" in tell(tmp_path / "rgb.pt")
+    save(tmp_path / "binary.pt", dict(student=UNet(2, 4, num_classes=2)))
+    assert "maps 1 channels to 2 classes" in tell(tmp_path / "binary.pt")
+    save(tmp_path / "alone.pt", dict(student=UNet(2, 4)))
+    assert "coteacher" in tell(tmp_path / "alone.pt", "--which", "coteacher")
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_faults(capsys, tmp_path, checkpoint, folder):
+    def tell(*more):
+        return one_line(*run(capsys, checkpoint, "--out", tmp_path / "out", *more))
+    assert "nowhere/test.list" in tell("--data", tmp_path / "nowhere")
+    message = tell("--data", folder)
+    assert "test.list: empty" in message
+    assert "--split val" in message
+    volume = folder / "data" / "patient028_frame02.h5"
+    whole = volume.read_bytes()
+    volume.write_bytes(whole[:len(whole) // 2])
+    assert "patient028_frame02.h5" in tell("--data", folder, "--split", "val")
+    volume.unlink()
+    message = tell("--data", folder, "--split", "val")
+    assert "1 of the 2 volumes of val.list are absent, first data/patient028_frame02.h5" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_faults_of_options_and_disk(capsys, monkeypatch, tmp_path, checkpoint, folder):
+    args = [checkpoint, "--data", folder, "--split", "val"]
+    assert "--gpu 99: this machine has" in one_line(*run(capsys, *args, "--gpu", 99))
+    (tmp_path / "file").write_text("")
+    assert "file/out: Not a directory" in one_line(*run(capsys, *args, "--out", tmp_path / "file" / "out"))
+    for wrong in (["--split", "train"], ["--which", "teacher"], ["--gpu", "0", "--cpu"]):
+        with pytest.raises(SystemExit) as error:
+            run(capsys, *args, *wrong)
+        assert error.value.code == 2
+    capsys.readouterr()
+
+    def full(path, rows):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "note").write_text("kept")
+    monkeypatch.setattr(evaluate, "_write_csv", full)
+    assert "out: No space left" in one_line(*run(capsys, *args, "--out", tmp_path / "out"))
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["note"]

@@ -1,0 +1,209 @@
+"""
+Every Triton kernel compiled ahead of time for sm_80 and sm_90, on any Linux machine: no spill, 16-byte loads.
+
+    pytest tests/test_kernels_aot.py
+    python tests/test_kernels_aot.py            # the whole resource table, classes 2..16
+"""
+
+import importlib.util
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+KERNELS = Path(__file__).resolve().parent.parent / "kernels"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TYPE_NAMES = {torch.uint8: "u8", torch.int64: "i64", **{v: k for k, v in DTYPES.items()}}
+
+
+# ---- the compiler's side: runs in a process of its own, whose Triton does not interpret --------------------------------
+
+
+class Recorder:
+    """Stands where a kernel stood and keeps what the launcher passes; the dispatch takes it for an interpreted kernel."""
+
+    def __init__(self, kernel, calls):
+        self.kernel, self.calls = kernel, calls
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.calls.append((self.kernel, args, kwargs))
+
+
+def record(loss, dtype, classes, shape=(2, 256, 256), channels_last=False):
+    """The launches of one forward and backward of a public function: [(kernel, args, kwargs)]."""
+    name = {"kl": "softmax_kl", "mse": "softmax_kl"}.get(loss, loss.split("-")[0])
+    spec = importlib.util.spec_from_file_location(name, KERNELS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    calls = []
+    for attribute in [a for a in vars(module) if a.endswith("_kernel")]:
+        setattr(module, attribute, Recorder(getattr(module, attribute), calls))
+    n, h, w = shape
+    s, t, c = (torch.zeros(n, classes, h, w, dtype=dtype) for _ in range(3))
+    if channels_last:
+        s, t, c = (x.to(memory_format=torch.channels_last) for x in (s, t, c))
+    s.requires_grad_()
+    y = torch.zeros(n, h, w, dtype=torch.uint8)
+    if loss in ("kl", "mse"):
+        total = (module.softmax_kl if loss == "kl" else module.softmax_mse)(s, t, 2.0)
+    elif loss == "dice_ce":
+        total = sum(module.dice_ce(s, y))
+    else:
+        total = sum(module.student_loss(s, y[: n // 2], t, c, tau=2.0, distill=loss.split("-")[1]))
+    total.backward()
+    return calls
+
+
+def compile_call(kernel, args, kwargs, arch):
+    """What a launch with these arguments compiles: Triton's own specialisation of integers, pointers and None."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    options = {"num_warps": kwargs.pop("num_warps")}
+    values = dict(zip(kernel.arg_names, args)) | kwargs
+    signature, constants, attrs = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        v = values[name]
+        if name in kwargs or v is None or (isinstance(v, int) and v == 1):
+            signature[name], constants[name] = "constexpr", v
+        elif isinstance(v, float):
+            signature[name] = "fp32"
+        else:
+            is_tensor = isinstance(v, torch.Tensor)
+            signature[name] = "*" + TYPE_NAMES[v.dtype] if is_tensor else "i32" if abs(v) < 2**31 else "i64"
+            if (v.data_ptr() if is_tensor else v) % 16 == 0:
+                attrs[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attrs)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def resources(compiled):
+    """Registers and stack from the cubin, shared bytes, and the widths of all global loads and stores from the PTX."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(compiled.asm["cubin"])
+        f.flush()
+        usage = subprocess.run([tool, "-res-usage", f.name], capture_output=True, text=True, check=True).stdout
+    usage = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    row = {"registers": usage["REG"], "spill": usage["STACK"] + usage["LOCAL"], "shared": compiled.metadata.shared}
+    for key, op in (("loads", "ld"), ("stores", "st")):
+        found = re.findall(rf"\b{op}\.global[.\w:]*?(?:\.v(\d))?\.[bsuf](\d+)\b", compiled.asm["ptx"])
+        row[key] = dict(sorted(Counter(int(v or 1) * int(bits) // 8 for v, bits in found).items()))
+    row["moves"] = compiled.asm["ttgir"].count("ttg.convert_layout")
+    return row
+
+
+def compile_cases(cases):
+    """[(loss, dtype, classes, arch, record's options)] -> one row of resources per launch."""
+    rows = []
+    for loss, dtype, classes, arch, options in cases:
+        for i, (kernel, args, kwargs) in enumerate(record(loss, DTYPES[dtype], classes, **options)):
+            mode = "".join(f" {k.lower()}" for k in ("LOSS", "GRAD", "MSE") if kwargs.get(k))
+            row = {"loss": loss, "kernel": kernel.__name__ + mode, "dtype": dtype, "classes": classes, "arch": arch}
+            rows.append(row | {"options": options} | resources(compile_call(kernel, args, kwargs, arch)))
+    return rows
+
+
+def table(rows):
+    for r in rows:
+        head = f"{r['loss']:12} {r['kernel']:30} {r['dtype']} C={r['classes']:<2} sm_{r['arch']}"
+        loads, stores = (" ".join(f"{n}x{b}B" for b, n in r[k].items()) for k in ("loads", "stores"))
+        yield f"{head} {r['registers']:4} reg {r['spill']} spill {r['shared']:5} B shared  ld {loads}  st {stores}"
+
+
+# ---- the tests ---------------------------------------------------------------------------------------------------------
+
+LOSSES = ("kl", "mse", "dice_ce", "student_loss-kl", "student_loss-mse")
+ODD = {"shape": (2, 17, 13)}
+CASES = [(loss, dtype, 4, 90, {}) for loss, dtype in itertools.product(LOSSES, DTYPES)]
+CASES += [(loss, dtype, 4, 80, {}) for loss, dtype in itertools.product(("kl", "dice_ce", "student_loss-mse"), DTYPES)]
+CASES += [(loss, "fp16", c, 90, {}) for loss, c in itertools.product(("mse", "dice_ce", "student_loss-mse"), (3, 8, 16))]
+CASES += [(loss, "fp32", 4, 90, ODD) for loss in ("kl", "dice_ce")]
+CASES += [("kl", "bf16", 4, 90, {"channels_last": True})]
+
+
+def spawn(cases, folder):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(folder), "TRITON_DEFAULT_FP_FUSION": "1"}
+    return subprocess.Popen(
+        [sys.executable, __file__, json.dumps(cases)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    if not sys.platform.startswith("linux") or importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    workers = [spawn(CASES[i::2], tmp_path_factory.mktemp("triton")) for i in range(2)]
+    results = [(w, *w.communicate()) for w in workers]
+    for worker, _, err in results:
+        assert worker.returncode == 0, err[-3000:]
+    return [row for _, out, _ in results for row in json.loads(out)]
+
+
+def select(rows, **wanted):
+    return [r for r in rows if all(r[k] == v for k, v in wanted.items())]
+
+
+def test_every_launch_is_there(rows):
+    kernels = {r["kernel"].split()[0] for r in rows}
+    assert kernels == {"_distance_kernel", "_sums_kernel", "_finish_kernel", "_grad_kernel", "_student_kernel"}
+    for r in select(rows, loss="kl", arch=90, dtype="bf16"):
+        assert r["kernel"] in ("_distance_kernel loss grad", "_distance_kernel grad")
+    assert {r["kernel"] for r in select(rows, loss="kl", dtype="fp16")} == {
+        "_distance_kernel loss", "_distance_kernel grad"
+    }  # fmt: skip
+
+
+def test_nothing_spills(rows):
+    assert len(rows) > 90
+    assert [r for r in rows if r["spill"]] == []
+    assert max(r["registers"] for r in rows if r["classes"] == 4) <= 168  # three blocks of 128 threads per SM at least
+
+
+def test_layouts_agree(rows):
+    """No exchange between threads but the final reductions: they take 4 bytes of shared memory per warp and number."""
+    assert [r for r in rows if r["moves"]] == []
+    assert max(r["shared"] for r in rows) <= 64
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_loads_and_stores_are_16_bytes_wide(rows, loss):
+    """All logits, in and out; what is narrower are labels of one byte, coefficients and incoming gradients."""
+    wide = [r for r in select(rows, loss=loss, classes=4, options={}) if r["kernel"] != "_finish_kernel"]
+    assert wide
+    for r in wide:
+        tensors = {"kl": 2, "mse": 2, "dice_ce": 1}.get(loss, 1 if r["kernel"] == "_sums_kernel" else 3)
+        assert r["loads"].get("16", 0) == 4 * tensors, r
+        if "grad" in r["kernel"]:
+            assert r["stores"]["16"] == 4, r
+
+
+def test_what_divisibility_buys(rows):
+    """H*W = 17*13 or channels_last: Triton compiles the same kernel once more, element by element. Same bytes, more
+    instructions: four fp32 loads where there was one."""
+    for r in select(rows, options=ODD):
+        if r["kernel"] != "_finish_kernel":
+            assert "16" not in r["loads"] and r["loads"]["4"] >= 16, r
+    for r in select(rows, options={"channels_last": True}):
+        assert "16" not in r["loads"] and r["loads"]["2"] >= 16, r
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(json.dumps(compile_cases(json.loads(sys.argv[1]))))
+    else:
+        for arch, classes in ((80, 4), (90, 4), *((90, c) for c in (2, 3, 5, 6, 8, 9, 12, 16))):
+            for case in itertools.product(LOSSES, DTYPES, (classes,), (arch,), ({},)):
+                print(*table(compile_cases([case])), sep="\n", flush=True)
