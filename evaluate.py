@@ -18,7 +18,7 @@ Clinical indices per patient (Bernard et al., IEEE TMI 37(11), 2018): volumes at
 OUT, by default <checkpoint's folder>/<split>, receives
     metrics.csv     one row per volume and class: pandas.read_csv(f).groupby("class").mean(numeric_only=True)
     clinical.csv    one row per patient and index; absent where the data hold no spacing
-    overlay_*.png   the best, median and worst patient by mean Dice
+    overlay_*.png   the best, median and worst patient by mean Dice: end-diastole and end-systole, three levels
     summary.json    everything that is printed
 A volume without annotation is predicted (its ml are in metrics.csv) and not scored; a line says how many there are.
 """
@@ -48,8 +48,8 @@ METRICS = {"dice": "Dice", "jaccard": "Jaccard", "hd95_voxel": "HD95 voxels", "a
 INDICES = {"lv_edv": "ml", "lv_esv": "ml", "lv_ef": "%", "rv_edv": "ml", "rv_esv": "ml", "rv_ef": "%", "myo_mass": "g"}
 DENSITY = 1.05                                                     # of myocardium, g/ml
 COLORS = {"RV": "#35c9ff", "MYO": "#ffd23f", "LV": "#ff4d6d"}
-RESULTS = ("metrics.csv", "clinical.csv", *(f"overlay_{k}.png" for k in (
-    "best", "median", "worst", "first", "middle", "last")), "summary.json")
+PICTURES = ("best", "worst", "median")                             # in the order of their claim on a patient
+RESULTS = ("metrics.csv", "clinical.csv", *(f"overlay_{k}.png" for k in PICTURES), "summary.json")
 
 
 class UsageError(Exception):
@@ -74,7 +74,7 @@ def surface_metrics(p, y, spacing=(1.0, 1.0, 1.0)):
     The surface of a mask: its voxels with one of six neighbours outside it, as in medpy.
     """
     if not (p.any() and y.any()):
-        distance = math.dist((0, 0, 0), np.multiply(p.shape, spacing)) if p.any() or y.any() else 0.0
+        distance = float(np.linalg.norm(np.multiply(p.shape, spacing))) if p.any() or y.any() else 0.0
         return distance, distance
     # Nothing of either mask lies outside the box and erosion takes what is beyond an array for background, so the
     # crop needs no margin: the same surfaces, the same distances, a tenth of the time.
@@ -298,21 +298,18 @@ def _clinical_rows(rows):
 
 
 def _draw_cases(folder, root, split, rows, preds):
-    """Overlays of the best, median and worst patient, or of the first, middle and last where none is scored ->
-    {"best": "patient028", ...}."""
+    """Overlays of the best, median and worst patient -> {"best": "patient028", ...}. Where none is scored the first
+    of the split is drawn in the best one's place."""
     frames, scores = {}, {}
     for r in rows[::len(CLASSES)]:
         frames.setdefault(r["patient"], []).append((r["phase"], r["case"]))
     for r in rows:
         scores.setdefault(r["patient"], []).append(r["dice"])
     scores = {p: float(np.mean(s)) for p, s in scores.items() if np.isfinite(s).all()}
-    order = sorted(scores, key=scores.get, reverse=True) or list(frames)
-    kinds = dict(zip(("best", "worst", "median") if scores else ("first", "last", "middle"),
-                     (0, len(order) - 1, (len(order) - 1) // 2), strict=True))
+    order = sorted(scores, key=scores.get, reverse=True) or list(frames)[:1]
     drawn = {}
-    for kind, i in kinds.items():
-        patient = order[i]
-        if patient in drawn.values():
+    for kind, i in zip(PICTURES, (0, len(order) - 1, (len(order) - 1) // 2), strict=True):
+        if (patient := order[i]) in drawn.values():
             continue
         drawn[kind] = patient
         volumes = [(phase, data_prep.read_volume(root, name), preds[name]) for phase, name in frames[patient]]
@@ -376,16 +373,15 @@ def print_table(s):
         shown = [m for m in METRICS if s["metrics"][m]["mean"]["n"]]
         print(" " * 5 + "".join(f"{METRICS[m]:>18}" for m in shown))
         for c in (*CLASSES, "mean"):
-            cells = [s["metrics"][m][c] for m in shown]
-            digits = [4 if m in ("dice", "jaccard") else 2 for m in shown]
-            print(f"{c:5}" + "".join(f"{_cell(x, d):>18}" for x, d in zip(cells, digits, strict=True)))
+            cells = [(2 if "_" in m else 4, s["metrics"][m][c]) for m in shown]       # voxels and mm want two digits
+            print(f"{c:5}" + "".join(f"{_number(d, x['mean'], x['sd']):>18}" for d, x in cells))
         empty = ", ".join(f"{c} {n}" for c, n in s["one_empty"].items())
         print(f"one empty, the other not (Dice 0, distances = the volume's diagonal): {empty}")
     if s["clinical"] and s["scored"]:
         print(f"{'clinical':12}{'bias ± SD':>18}{'r':>8}{'n':>5}")
         for k, x in s["clinical"].items():
-            bias = _cell(dict(mean=x["bias"], sd=x["sd"]), 1)
-            print(f"{k.replace('_', ' ').upper():9}{x['unit']:3}{bias:>18}{_number(x['r'], 3):>8}{x['n']:5}")
+            name, bias = k.replace("_", " ").upper(), _number(1, x["bias"], x["sd"])
+            print(f"{name:9}{x['unit']:3}{bias:>18}{_number(3, x['r']):>8}{x['n']:5}")
     if s["with_spacing"] < s["volumes"]:
         print(f"{s['volumes'] - s['with_spacing']} volumes carry no spacing (the community's copy has none): their "
               "distances are in voxels only, and clinical indices leave them out; data_prep.py writes the spacing")
@@ -395,12 +391,9 @@ def print_table(s):
           + ", ".join(f"overlay_{k}.png ({p})" for k, p in s["overlays"].items()))
 
 
-def _number(x, digits):
-    return "-" if x is None else f"{x:.{digits}f}"
-
-
-def _cell(x, digits):
-    return f"{_number(x['mean'], digits)} ± {_number(x['sd'], digits)}"
+def _number(digits, *values):
+    """Mean and deviation, or one value; "-" for what is undefined."""
+    return " ± ".join("-" if x is None else f"{x:.{digits}f}" for x in values)
 
 
 # ------------------------------------------------------------------------------------------------------------- main

@@ -39,7 +39,7 @@ import data_prep
 import evaluate
 import models
 from kernels.dice_ce import dice_ce
-from kernels.softmax_kl import softmax_kl, softmax_mse
+from kernels.student_loss import student_loss
 from models import UNet, count_parameters, load_checkpoint, save_checkpoint, segment_volume
 
 
@@ -288,20 +288,22 @@ def train(cfg, resume=None):
     elif use_teacher:
         nets["teacher"] = teacher = UNet(*cfg.teacher).to(device, memory_format=torch.channels_last)
         trained.append(teacher)
-    weights = [p for net in trained for p in net.parameters()]
+    parameters = [p for net in trained for p in net.parameters()]
     if cfg.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(weights, lr=cfg.lr, weight_decay=0.05, fused=True)
+        optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=0.05, fused=True)
     else:
-        optimizer = torch.optim.SGD(weights, lr=cfg.lr, momentum=0.9, weight_decay=1e-4, fused=True)
+        optimizer = torch.optim.SGD(parameters, lr=cfg.lr, momentum=0.9, weight_decay=1e-4, fused=True)
     pairs = list(zip(coteacher.state_dict().values(), student.state_dict().values(), strict=True))
     ema_to, ema_from = zip(*[p for p in pairs if p[0].is_floating_point()], strict=True)
 
-    run, start, best = Path(cfg.out), 0, dict(step=-1, score=-1.0)
+    form = dict(squared=cfg.dice == "squared", include_background=cfg.dice == "squared")         # of Dice
+
+    run, start, trained_s, best = Path(cfg.out), 0, 0.0, dict(step=-1, score=-1.0)
     if resume:
         for name, net in nets.items():
             net.load_state_dict(resume["networks"][name])
         optimizer.load_state_dict(resume["optimizer"])
-        start, best = resume["step"], resume["best"]
+        start, trained_s, best = resume["step"], resume["seconds"], resume["best"]
         if start >= cfg.iters:
             raise UserError(f"--resume {run}: finished at step {start}; a larger --iters goes on")
         keep_log_until(run / "log.csv", start)
@@ -315,123 +317,109 @@ def train(cfg, resume=None):
     def save(step):
         save_checkpoint(run / "last.pt", dict(
             networks={k: n.state_dict() for k, n in nets.items()}, optimizer=optimizer.state_dict(), step=step,
-            best=best, config=asdict(cfg), architecture=student.architecture, inference=inference,
+            seconds=trained_s, best=best, config=asdict(cfg), architecture=student.architecture, inference=inference,
             better="student"), previous=run / "previous.pt")
 
-    stop = []
+    history, val, began, marked = [], {}, time.perf_counter(), None
+    with watched(cfg.iters, start) as (bar, stop):
+        for step in range(start, cfg.iters):
+            for group in optimizer.param_groups:
+                group["lr"] = cfg.lr * (1 - step / cfg.iters) ** 0.9
+            ramp = math.exp(-5 * (1 - min(1, step / max(1, cfg.ramp * cfg.iters))) ** 2)
+            if marked is None:
+                marked = (step, time.perf_counter())
 
-    def on_signal(number, frame):
-        if stop:                                                   # asked twice: now, without saving
-            raise KeyboardInterrupt
-        stop.append(signal.Signals(number).name)
+            # One geometry for all three networks, an intensity of its own for each: the students of this game see hard
+            # pictures, those who answer see mild ones.
+            x, y, rng = slices.batch(step)
+            n_labeled, n = len(y), len(x)
+            mask = slices.boxes(n_labeled, n, rng)
+            partner = torch.arange(n, device=device)
+            partner[n_labeled:] = partner[n_labeled:].roll(1)
 
-    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    bar = tqdm(total=cfg.iters, initial=start, unit="step", dynamic_ncols=True,
-               mininterval=1 if sys.stderr.isatty() else 30)
-    history, val, began, trained_s, marked = [], {}, time.perf_counter(), 0.0, None
-    for step in range(start, cfg.iters):
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * (1 - step / cfg.iters) ** 0.9
-        ramp = math.exp(-5 * (1 - min(1, step / max(1, cfg.ramp * cfg.iters))) ** 2)
-        if marked is None:
-            marked = (step, time.perf_counter())
+            def mix(a, mask=mask, partner=partner):
+                return torch.where(mask, a[partner], a)
 
-        # One geometry for all three networks, an intensity of its own for each: the students of this game see hard
-        # pictures, those who answer see mild ones.
-        x, y, rng = slices.batch(step)
-        n_labeled, n = len(y), len(x)
-        mask = slices.boxes(n_labeled, n, rng)
-        partner = torch.arange(n, device=device)
-        partner[n_labeled:] = partner[n_labeled:].roll(1)
+            t = c = t_seg = None
+            teacher_seg = x.new_zeros(())
+            with autocast:
+                s = student(mix(slices.perturb(x, rng, 1.0)))                                   # (B, C, S, S) logits
+                with torch.no_grad():
+                    if use_coteacher:
+                        c = mix(coteacher(slices.perturb(x, rng, 0.25)))
+                    if use_teacher and cfg.teacher_ckpt:
+                        t = mix(teacher(slices.perturb(x, rng, 0.25)))
+                    elif use_teacher and n > n_labeled:
+                        teacher.eval()
+                        t = teacher(slices.perturb(x[n_labeled:], rng, 0.25))
+                        teacher.train()
+                if use_teacher and not cfg.teacher_ckpt:
+                    t_seg = teacher(slices.perturb(x[:n_labeled], rng, 1.0))
+                    t = mix(torch.cat([t_seg.detach(), t])) if n > n_labeled else t_seg.detach()
 
-        def mix(a, mask=mask, partner=partner):
-            return torch.where(mask, a[partner], a)
+            weights = 1.0, 1.0, ramp * cfg.lambda_kd, ramp * cfg.lambda_co
+            dice, ce, kd, co = student_loss(s, y, t, c if cfg.consistency == "mse" else None, tau=cfg.tau,
+                                            distill=cfg.distill, expected_grads=weights, **form)
+            if c is not None and cfg.consistency == "pseudo" and n > n_labeled:
+                sure, hard = c[n_labeled:].float().softmax(1).max(1)                                 # (B - L, H, W)
+                co = co + sum(dice_ce(s[n_labeled:], hard.masked_fill(sure < cfg.confidence, -100), **form))
+            loss = sum(w * term for w, term in zip(weights, (dice, ce, kd, co), strict=True))    # L_stu
+            if t_seg is not None:
+                teacher_seg = sum(dice_ce(t_seg, y, **form))                                     # the teacher's L_seg
 
-        zero = x.new_zeros(())
-        kd = co = teacher_seg = zero
-        with autocast:
-            s = student(mix(slices.perturb(x, rng, 1.0)))                                       # (B, C, S, S) logits
-            with torch.no_grad():
-                if use_coteacher:
-                    c = mix(coteacher(slices.perturb(x, rng, 0.25)))
-                if use_teacher and cfg.teacher_ckpt:
-                    t = mix(teacher(slices.perturb(x, rng, 0.25)))
-                elif use_teacher and n > n_labeled:
-                    teacher.eval()
-                    t = teacher(slices.perturb(x[n_labeled:], rng, 0.25))
-                    teacher.train()
-            if use_teacher and not cfg.teacher_ckpt:
-                t_seg = teacher(slices.perturb(x[:n_labeled], rng, 1.0))
-                t = mix(torch.cat([t_seg.detach(), t])) if n > n_labeled else t_seg.detach()
+            optimizer.zero_grad(set_to_none=True)
+            (loss + teacher_seg).backward()
+            optimizer.step()
+            if use_coteacher:                          # a plain mean of the first steps, then the moving average
+                get_ema_multi_avg_fn(min(cfg.ema, step / (step + 1)))(ema_to, ema_from, None)
+            history.append(torch.stack([v.detach().float() for v in (loss, dice, ce, kd, co, teacher_seg)]))
 
-        linear = dict(squared=False, include_background=False) if cfg.dice == "linear" else {}
-        dice, ce = dice_ce(s[:n_labeled], y, **linear)
-        if use_teacher:
-            kd = (softmax_kl if cfg.distill == "kl" else softmax_mse)(s, t, cfg.tau)
-            if not cfg.teacher_ckpt:
-                teacher_seg = sum(dice_ce(t_seg, y, **linear))
-        if use_coteacher and cfg.consistency == "mse":
-            co = softmax_mse(s, c)
-        elif use_coteacher and n > n_labeled:
-            sure, hard = c[n_labeled:].float().softmax(1).max(1)
-            co = sum(dice_ce(s[n_labeled:], hard.masked_fill(sure < cfg.confidence, -100), **linear))
-        loss = dice + ce + ramp * (cfg.lambda_kd * kd + cfg.lambda_co * co)
+            done = step + 1
+            bar.update()
+            out_of_time = cfg.minutes and time.perf_counter() - began > 60 * cfg.minutes
+            last = done == cfg.iters or bool(stop) or out_of_time
+            if device.type == "cpu" and done == start + 8:
+                hours = (time.perf_counter() - began) / 8 * (cfg.iters - start) / 3600
+                advice = "; --preset cpu is smaller" if hours > 1 else ""
+                bar.write(f"about {60 * hours:.0f} minutes on this CPU{advice}")
+            if done % cfg.log_every and done % cfg.val_every and not last:
+                continue
 
-        optimizer.zero_grad(set_to_none=True)
-        (loss + teacher_seg).backward()
-        optimizer.step()
-        if use_coteacher:                          # a plain mean of the first steps, then the moving average
-            get_ema_multi_avg_fn(min(cfg.ema, step / (step + 1)))(ema_to, ema_from, None)
-        history.append(torch.stack([v.detach().float() for v in (loss, dice, ce, kd, co, teacher_seg)]))
-
-        done = step + 1
-        bar.update()
-        out_of_time = cfg.minutes and time.perf_counter() - began > 60 * cfg.minutes
-        last = done == cfg.iters or bool(stop) or out_of_time
-        if device.type == "cpu" and done == start + 8:
-            hours = (time.perf_counter() - began) / 8 * (cfg.iters - start) / 3600
-            advice = "; --preset cpu is smaller" if hours > 1 else ""
-            bar.write(f"about {60 * hours:.0f} minutes on this CPU{advice}")
-        if done % cfg.log_every and done % cfg.val_every and not last:
-            continue
-
-        # Everything below waits for the device; nothing above does.
-        terms = torch.stack(history).cpu().numpy()                                              # (steps, 6)
-        bad = np.flatnonzero(~np.isfinite(terms).all(1))
-        if len(bad):
-            at = done - len(terms) + int(bad[0])
-            names = [slices.names[i] for i in slices.indices(at)[0]]
-            values = ", ".join(f"{k} {v:.3g}" for k, v in zip(COLUMNS[4:10], terms[bad[0]], strict=True))
-            raise UserError(f"step {at}: {values}; slices {' '.join(names)}; the checkpoint before it is in {run}; "
-                            "a lower --lr or --precision fp32 may help")
-        seconds, history = time.perf_counter() - marked[1], []
-        trained_s += seconds
-        row = dict(zip(COLUMNS[4:10], terms.mean(0).round(6), strict=True), step=done, seconds=round(trained_s, 1),
-                   lr=round(optimizer.param_groups[0]["lr"], 8),
-                   slices_per_s=round((done - marked[0]) * n / seconds, 1))
-        if done % cfg.val_every == 0 or done == cfg.iters:
-            for name in [k for k in nets if k != "teacher"]:
-                val[name] = validate(nets[name], volumes, inference)
-                row[f"val_{name}"] = round(float(val[name].mean()), 5)
-            better = max(val, key=lambda k: val[k].mean())
-            if val[better].mean() > best["score"]:
-                best = dict(step=done, score=float(val[better].mean()), better=better,
-                            val={k: v.tolist() for k, v in val.items()})
-                save_checkpoint(run / "best.pt", dict(
-                    networks={k: nets[k].state_dict() for k in val}, architecture=student.architecture,
-                    inference=inference, better=better, step=done, val=best["val"], config=asdict(cfg)))
-        with open(run / "log.csv", "a", newline="") as f:
-            csv.DictWriter(f, COLUMNS).writerow(row)
-        if done % cfg.val_every == 0 or last:
-            save(done)
-            draw_curves(run)
-        bar.set_postfix_str(f"loss {row['loss']:.3f} val {best['score']:.4f} {row['slices_per_s']:.0f} slices/s")
-        marked = None
-        if last:
-            break
-    bar.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+            # Everything below waits for the device; nothing above does.
+            terms = torch.stack(history).cpu().numpy()                                              # (steps, 6)
+            bad = np.flatnonzero(~np.isfinite(terms).all(1))
+            if len(bad):
+                at = done - len(terms) + int(bad[0])
+                names = [slices.names[i] for i in slices.indices(at)[0]]
+                values = ", ".join(f"{k} {v:.3g}" for k, v in zip(COLUMNS[4:10], terms[bad[0]], strict=True))
+                raise UserError(f"step {at}: {values}; slices {' '.join(names)}; the checkpoint before it is in {run}; "
+                                "a lower --lr or --precision fp32 may help")
+            seconds, history = time.perf_counter() - marked[1], []
+            trained_s += seconds
+            row = dict(zip(COLUMNS[4:10], terms.mean(0).round(6), strict=True), step=done, seconds=round(trained_s, 1),
+                       lr=round(optimizer.param_groups[0]["lr"], 8),
+                       slices_per_s=round((done - marked[0]) * n / seconds, 1))
+            if done % cfg.val_every == 0 or done == cfg.iters:
+                for name in [k for k in nets if k != "teacher"]:
+                    val[name] = validate(nets[name], volumes, inference)
+                    row[f"val_{name}"] = round(float(val[name].mean()), 5)
+                better = max(val, key=lambda k: val[k].mean())
+                if val[better].mean() > best["score"]:
+                    best = dict(step=done, score=float(val[better].mean()), better=better,
+                                val={k: v.tolist() for k, v in val.items()})
+                    save_checkpoint(run / "best.pt", dict(
+                        networks={k: nets[k].state_dict() for k in val}, architecture=student.architecture,
+                        inference=inference, better=better, step=done, val=best["val"], config=asdict(cfg)))
+            with open(run / "log.csv", "a", newline="") as f:
+                csv.DictWriter(f, COLUMNS).writerow(row)
+            if done % cfg.val_every == 0 or last:
+                save(done)
+                draw_curves(run)
+            val_text = f"best val {best['score']:.4f}, " if best["step"] > 0 else ""
+            bar.set_postfix_str(f"loss {row['loss']:.3f}, {val_text}{row['slices_per_s']:.0f} slices/s")
+            marked = None
+            if last:
+                break
     if done < cfg.iters:
         print(f"stopped at step {done} ({stop[0] if stop else '--minutes'}); "
               f"go on with: python train_actnet.py --resume {run}")
@@ -447,6 +435,26 @@ def train(cfg, resume=None):
     print(f"kept: the {best['better']} of step {best['step']} in {run / 'best.pt'}; "
           f"next: python evaluate.py {run / 'best.pt'} --data {cfg.data}")
     return run
+
+
+@contextmanager
+def watched(total, start):
+    """-> (progress bar, list of the signals that asked to stop); a second one stops at once, without saving."""
+    stop = []
+
+    def on_signal(number, frame):
+        if stop:
+            raise KeyboardInterrupt
+        stop.append(signal.Signals(number).name)
+
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with tqdm(total=total, initial=start, unit="step", dynamic_ncols=True,
+                  mininterval=1 if sys.stderr.isatty() else 30) as bar:
+            yield bar, stop
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -543,6 +551,9 @@ def main(argv=None):
     except (UserError, data_prep.DataError, models.CheckpointError, OSError) as error:
         print(f"train_actnet.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("train_actnet.py: interrupted, not saved; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
     return 0
 
 

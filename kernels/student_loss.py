@@ -234,26 +234,33 @@ if triton is not None:
             zt = _load_shifted(_pixel_ptrs(t_ptr, n, pixel, W, t_n, t_h, t_w, FLAT), t_c, mask, C)
             es, sum_s = _exp(zs, inv_tau, C)
             et, sum_t = _exp(zt, inv_tau, C)
-            inv_s, inv_t = 1.0 / sum_s, 1.0 / sum_t
-            log_ratio = tl.log(sum_t) - tl.log(sum_s)
-            p, e = (), ()
-            dot = zero
-            for c in tl.static_range(C):
-                pc, qc = es[c] * inv_s, et[c] * inv_t
-                p, e = p + (pc,), e + (pc - qc,)
-                if MSE:
-                    kd += e[c] * e[c]
-                    dot += e[c] * pc
-                else:  # q (exp(-d) - 1 + d): no term is negative, and the series keeps the digits of a small one
-                    d = (zt[c] - zs[c]) * inv_tau - log_ratio
-                    series = 1 / 2 - d * (1 / 6 - d * (1 / 24 - d * (1 / 120 - d * (1 / 720))))
-                    kd += tl.where(tl.abs(d) < 0.25, qc * d * d * series, e[c] + qc * d)
-            if GRAD:
-                total = ()
+            scale = up_kd * kd_grad_scale
+            total = ()
+            if MSE:
+                inv_s, inv_t = 1.0 / sum_s, 1.0 / sum_t
+                dot = zero
                 for c in tl.static_range(C):
-                    local = p[c] * (e[c] - dot) if MSE else e[c]
-                    total = total + (grad[c] + local * (up_kd * kd_grad_scale),)
-                grad = total
+                    e = es[c] * inv_s - et[c] * inv_t
+                    kd += e * e
+                    dot += e * es[c] * inv_s
+                if GRAD:
+                    for c in tl.static_range(C):
+                        pc = es[c] * inv_s
+                        total = total + (grad[c] + scale * pc * ((pc - et[c] * inv_t) - dot),)
+            else:
+                log_s, log_t = tl.log(sum_s), tl.log(sum_t)
+                for c in tl.static_range(C):
+                    # exp once more rather than es / sum_s: registers are scarcer here than the exponential units
+                    log_p, log_q = zs[c] * inv_tau - log_s, zt[c] * inv_tau - log_t
+                    qc = tl.exp(log_q)
+                    e = tl.exp(log_p) - qc
+                    # q (exp(-d) - 1 + d): no term is negative, and the series keeps the digits of a small one
+                    d = log_q - log_p
+                    series = 1 / 2 - d * (1 / 6 - d * (1 / 24 - d * (1 / 120 - d * (1 / 720))))
+                    kd += tl.where(tl.abs(d) < 0.25, qc * d * d * series, e + qc * d)
+                    if GRAD:
+                        total = total + (grad[c] + scale * e,)
+            grad = total
 
         if LOSS:
             programs = tl.num_programs(0)

@@ -256,14 +256,15 @@ def test_bad_input(raw, tmp_path, capfd, name):
     file, damage, word = BAD_INPUT[name]
     damage(raw / "training/patient028" / file)
     assert data_prep.main([str(raw), str(tmp_path / "new/out"), "--allow-missing"]) == 2
-    one_error(capfd.readouterr().err, file, word)
+    one_error(capfd.readouterr().err.replace(str(tmp_path), ""), file, word)  # the words, not the test's name
     assert not (tmp_path / "new").exists()
 
 
-def test_bad_input_leaves_an_earlier_preparation_alone(raw, tmp_path):
+def test_bad_input_leaves_an_earlier_preparation_alone(raw, phantom, tmp_path):
     out = tmp_path / "out"
     data_prep.convert(raw, out, allow_missing=True)
     before = content(out)
+    shutil.copytree(phantom / "raw/training/patient099", raw / "training/patient099")  # good, and converted first
     shutil.copytree(raw / "training/patient028", raw / "training/patient085")
     with pytest.raises(DataError, match=r"patient085_frame01\.nii\.gz"):
         data_prep.convert(raw, out, allow_missing=True)
@@ -298,6 +299,7 @@ def test_stray_files_and_odd_names(raw, tmp_path):
     shutil.copytree(patient, patient.parent / "patient028 copy")
     (patient.parent / "patient085").write_text("a file, no folder")
     os.symlink("patient082", patient.parent / "patient082")  # a loop
+    assert list(data_prep.find_patients(raw)) == ["patient028"]
     odd = tmp_path / "données ✓ 心"
     raw.rename(odd)
     done = cli(odd, odd / "out put", "--allow-missing")
@@ -366,6 +368,18 @@ def test_full_disk(raw, tmp_path, monkeypatch, capfd, seed):
     assert data_prep.main([str(raw), str(tmp_path / "out"), "--allow-missing"]) == 2
     one_error(capfd.readouterr().err, ".h5", "No space left", "free some space")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_write_that_fails_keeps_the_old_file_and_leaves_nothing(tmp_path, monkeypatch):
+    file = tmp_path / "a.list"
+    data_prep.write_atomic(file, b"old")
+    data_prep.write_atomic(tmp_path / "new/b.list", b"made with its folder")
+    seen = []
+    monkeypatch.setattr(os, "fsync", lambda fd: seen.append(os.listdir(tmp_path)) or os.close(-1))  # EBADF
+    with pytest.raises(DataError, match=r"a\.list"):
+        data_prep.write_atomic(file, b"new")
+    assert len(seen[0]) == 3  # it was written beside the old one
+    assert content(tmp_path) == {"a.list": b"old", "new/b.list": b"made with its folder"}
 
 
 @root_only

@@ -148,11 +148,14 @@ def test_shifted_row():
     np.testing.assert_allclose(figures(pred, label, SPACING, 2), expected, rtol=1e-12)
 
 
-def test_asd_goes_from_prediction_to_annotation():
+def test_asd_is_directed_and_hd95_pooled():
     short, long = np.zeros((2, 3, 3, 30), np.uint8)
     short[1, 1, :10], long[1, 1, :20] = 1, 1
     assert figures(short, long, None, 1)[3] == 0
     assert figures(long, short, None, 1)[3] == sum(range(1, 11)) / 20
+    # HD95 pools both: 20 zeros and 1 to 10, of which 0.95 * 29 = 27.55 lies between 8 and 9. The larger of the two
+    # directions' percentiles would be 9.05.
+    assert figures(short, long, None, 1)[2] == figures(long, short, None, 1)[2] == pytest.approx(8.55)
 
 
 def test_cube_in_cube():
@@ -393,7 +396,7 @@ def test_unlabelled_volumes_are_predicted_not_scored(capsys, tmp_path, checkpoin
     assert (code, stderr) == (0, "evaluate.py: 2 of 2 volumes have no annotation: predicted, not scored\n")
     assert "Dice" not in stdout
     assert "0 volumes scored" in stdout
-    assert json.loads((tmp_path / "none" / "summary.json").read_text())["overlays"] == {"first": "patient103"}
+    assert json.loads((tmp_path / "none" / "summary.json").read_text())["overlays"] == {"best": "patient103"}
     ef = [r for r in read_csv(tmp_path / "none" / "clinical.csv") if r["index"] == "lv_ef"]
     assert 20 < float(ef[0]["prediction"]) < 80
     assert ef[0]["annotation"] == ""

@@ -1,0 +1,718 @@
+"""
+Values and gradients of the Triton kernels against the plain-torch references in fp64, on the same rounded inputs.
+
+    pytest tests/test_kernels.py                # kernels in Triton's interpreter, in a process of their own
+    pytest tests/test_kernels.py -m gpu         # the same checks on a CUDA device
+
+A check is a function that takes the device last and asserts; `run` executes it where the kernels are.
+"""
+
+import functools
+import importlib.util
+import itertools
+import math
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+KERNELS = Path(__file__).resolve().parent.parent / "kernels"
+FILES = {"kl": "softmax_kl", "mse": "softmax_kl", "dice_ce": "dice_ce", "student": "student_loss"}
+NAMES = {"kl": "softmax_kl", "mse": "softmax_mse", "dice_ce": "dice_ce", "student": "student_loss"}
+LOSSES = tuple(FILES)
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@functools.cache
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"loaded_{name}", KERNELS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def interpreter():
+    """A process whose Triton interprets: that is decided when Triton is imported, so it cannot be this one."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    pool = multiprocessing.get_context("spawn").Pool(1)
+    if before is None:
+        del os.environ["TRITON_INTERPRET"]
+    else:
+        os.environ["TRITON_INTERPRET"] = before
+    yield pool
+    pool.terminate()
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def run(request):
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        return lambda check, *args: check(*args, "cuda")
+    pool = request.getfixturevalue("interpreter")
+    return lambda check, *args: pool.apply(check, (*args, "cpu"))
+
+
+# ---- inputs, calls, comparison ---------------------------------------------------------------------------------------
+
+
+def lay(x, layout):
+    """The same values in another layout; none of the strided ones is contiguous."""
+    if layout == "channels_last":
+        return x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
+    if layout == "batch slice":
+        out = x.new_empty(2 * x.shape[0], *x.shape[1:])[::2]
+    elif layout == "crop":
+        out = x.new_empty(*x.shape[:-2], x.shape[-2] + 3, x.shape[-1] + 2)[..., 1:-2, 1:-1]
+    elif layout == "transposed":
+        out = x.new_empty(*x.shape[:-2], x.shape[-1], x.shape[-2]).transpose(-1, -2)
+    else:
+        return x
+    return out.copy_(x)
+
+
+def inputs(loss, shape, dtype=torch.float32, device="cpu", layout="contiguous", scale=2.0, seed=0, ignore=None, t=None,
+           target_dtype=torch.int64):  # fmt: skip
+    """(student, teacher), (logits, target) or (student, target, teacher, coteacher); the student's is the first."""
+    rng = torch.Generator().manual_seed(seed)
+    n, c, h, w = shape
+    logits = [torch.randn(shape, generator=rng).mul(scale).to(d) for d in (dtype, t or dtype, dtype)]
+    y = torch.randint(0, c, (n, h, w), generator=rng)
+    if ignore is not None:
+        y[torch.rand(y.shape, generator=rng) < 0.3] = ignore
+    y, *logits = (lay(x.to(device), layout) for x in (y.to(target_dtype), *logits))
+    if loss in ("kl", "mse"):
+        return logits[:2]
+    return [logits[0], y] if loss == "dice_ce" else [logits[0], y[: max(n // 2, 1)], *logits[1:]]
+
+
+def call(loss, tensors, kwargs, reference=False):
+    if reference:
+        kwargs = {k: v for k, v in kwargs.items() if not k.startswith("expected")}
+    out = getattr(load(FILES[loss]), NAMES[loss] + ("_reference" if reference else ""))(*tensors, **kwargs)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def values_and_grad(loss, tensors, kwargs, ups, reference=False):
+    leaf = tensors[0].detach().requires_grad_()
+    out = call(loss, [leaf, *tensors[1:]], kwargs, reference)
+    # Summed as a training loop does; autograd.grad with grad_outputs would hide how the gradient arrives.
+    (grad,) = torch.autograd.grad(sum(u * v for u, v in zip(ups, out, strict=True)), leaf)
+    return [v.item() for v in out], grad
+
+
+def check_agreement(loss, case, kwargs, ups, device):
+    """fp32: 1e-5 of the largest reference value. Half types: twice eager's error. Returns both relative errors."""
+    tensors = inputs(loss, device=device, **case)
+    before = [x.clone() for x in tensors]
+    ours, grad = values_and_grad(loss, tensors, kwargs, ups)
+    assert all(torch.equal(x, b) for x, b in zip(tensors, before, strict=True)), "an input was written to"
+    assert grad.shape == tensors[0].shape
+    assert grad.dtype == tensors[0].dtype
+    exact, exact_grad = values_and_grad(
+        loss, [x.double() if x.is_floating_point() else x for x in tensors], kwargs, ups, reference=True
+    )
+    value_error = 0.0
+    for v, e in zip(ours, exact, strict=True):
+        assert math.isfinite(v), ours
+        assert abs(v - e) <= 1e-5 * abs(e) + 1e-9, (loss, ours, exact)
+        value_error = max(value_error, abs(v - e) / max(abs(e), 1e-4))
+    largest = exact_grad.abs().max().item()
+    assert largest > 0, "nothing to compare"
+    error = (grad.double() - exact_grad).abs().max().item()
+    if grad.dtype == torch.float32:
+        # Below 1e-5 of the whole lies what fp32 resolves of a difference of probabilities.
+        pixels = grad.numel() // grad.shape[1]
+        limit = 1e-5 * largest + 2e-7 * max(map(abs, ups)) * kwargs.get("tau", 1.0) / pixels
+    else:
+        _, eager = values_and_grad(loss, tensors, kwargs, ups, reference=True)
+        smallest = 6e-8 if grad.dtype == torch.float16 else 1e-12
+        limit = 2 * (eager.double() - exact_grad).abs().max().item() + smallest
+        if grad.dtype == torch.bfloat16 and device == "cpu":  # the interpreter truncates where the GPU rounds
+            limit = 2**-7 * largest
+    assert error <= limit, (loss, case, kwargs, ups, error, limit, largest)
+    return value_error, error / largest
+
+
+def ups_of(loss):
+    return {"kl": (1.7,), "mse": (-0.6,), "dice_ce": (1.3, -0.4), "student": (1.3, -0.4, 0.7, 2.1)}[loss]
+
+
+def options(loss):
+    """Every option that changes a formula."""
+    if loss in ("kl", "mse"):
+        return [{"tau": 0.5}, {"tau": 1.0}, {"tau": 20.0}]
+    forms = [{"squared": s, "include_background": b} for s, b in itertools.product((True, False), repeat=2)]
+    if loss == "student":
+        for form, tau, distill in zip(forms, (1.0, 2.0, 20.0, 0.5), ("kl", "mse", "mse", "kl"), strict=True):
+            form |= {"tau": tau, "distill": distill}
+    return forms
+
+
+# ---- against fp64 ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_options(run, loss, dtype):
+    for kwargs in options(loss):
+        run(check_agreement, loss, {"shape": (2, 4, 17, 13), "dtype": dtype, "ignore": -100}, kwargs, ups_of(loss))
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 1, 1), (3, 3, 1, 7), (2, 5, 7, 1), (2, 4, 40, 32), (1, 16, 5, 3)], ids=str)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_shapes(run, loss, shape):
+    run(check_agreement, loss, {"shape": shape}, {}, ups_of(loss))
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "batch slice", "crop", "transposed"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_strides(run, loss, layout):
+    run(check_agreement, loss, {"shape": (3, 4, 11, 6), "layout": layout, "dtype": torch.float16}, {}, ups_of(loss))
+
+
+@pytest.mark.parametrize("loss", ["kl", "mse", "student"])
+def test_mixed_dtypes(run, loss):
+    case = {"shape": (2, 4, 9, 7), "dtype": torch.float16, "t": torch.float32}
+    run(check_agreement, loss, case, {"tau": 4.0}, ups_of(loss))
+
+
+@pytest.mark.parametrize("target_dtype", [torch.uint8, torch.int16, torch.int32, torch.int64], ids=str)
+def test_label_types(run, target_dtype):
+    for ignore in (1, 255 if target_dtype == torch.uint8 else -1):  # a class, and no class
+        case = {"shape": (2, 4, 9, 7), "target_dtype": target_dtype, "ignore": ignore}
+        run(check_agreement, "dice_ce", case, {"ignore_index": ignore}, (1.0, 1.0))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_huge_logits(run, loss):
+    run(check_agreement, loss, {"shape": (2, 4, 6, 5), "scale": 1e4}, {}, ups_of(loss))
+
+
+cases = st.fixed_dictionaries(
+    {
+        "shape": st.tuples(st.integers(1, 3), st.integers(2, 16), st.integers(1, 23), st.integers(1, 23)),
+        "dtype": st.sampled_from([torch.float32, torch.float16]),
+        "layout": st.sampled_from(["contiguous", "channels_last", "batch slice", "crop", "transposed"]),
+        "scale": st.sampled_from([0.3, 2.0, 30.0]),
+        "seed": st.integers(0, 1000),
+        "ignore": st.sampled_from([None, -100]),
+    }
+)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), loss=st.sampled_from(LOSSES), case=cases)
+def test_anything(run, data, loss, case):
+    kwargs = {}
+    if loss != "dice_ce":
+        kwargs["tau"] = data.draw(st.floats(0.5, 20), label="tau")
+    if loss in ("dice_ce", "student"):
+        kwargs |= {"squared": data.draw(st.booleans()), "include_background": data.draw(st.booleans())}
+        kwargs["smooth"] = data.draw(st.sampled_from([1e-5, 1.0]), label="smooth")
+    if loss == "student":
+        kwargs["distill"] = data.draw(st.sampled_from(["kl", "mse"]), label="distill")
+    up = st.floats(0.01, 1000).flatmap(lambda x: st.sampled_from([x, -x]))
+    ups = data.draw(st.tuples(*[up] * len(ups_of(loss))), label="incoming gradients")
+    run(check_agreement, loss, case, kwargs, ups)
+
+
+# ---- corners ---------------------------------------------------------------------------------------------------------
+
+
+def check_identical(device):
+    for loss, tau, dtype in itertools.product(("kl", "mse"), (0.5, 20.0), (torch.float32, torch.float16)):
+        s, _ = inputs(loss, (2, 5, 6, 7), dtype, device)
+        value, grad = values_and_grad(loss, [s, s.clone()], {"tau": tau}, (1000.0,))
+        assert value == [0.0], (loss, value)
+        assert not grad.any(), loss
+
+
+def test_student_equal_to_teacher_gives_zero(run):
+    run(check_identical)
+
+
+def check_ignored(device):
+    for smooth, ignore in itertools.product((0.0, 1e-5), (255, 2)):
+        s, _, t, c = inputs("student", (2, 4, 6, 7), device=device)
+        y = torch.full((2, 6, 7), ignore, dtype=torch.uint8, device=device)
+        kwargs = {"smooth": smooth, "ignore_index": ignore}
+        for reference in (False, True):
+            values, grad = values_and_grad("dice_ce", [s, y], kwargs, (3.0, 5.0), reference)
+            assert values == [0.0, 0.0], values
+            assert not grad.any()
+        values, grad = values_and_grad("student", [s, y[:1], t, c], kwargs, (3.0, 5.0, 0.0, 0.0))
+        assert values[:2] == [0.0, 0.0]
+        assert not grad.any()
+
+
+def test_everything_ignored_gives_zero(run):
+    run(check_ignored)
+
+
+def check_absent(device):
+    """Class 3 in neither prediction nor label, smooth = 0: it scores 1 and leaves the others' gradients alone."""
+    z = inputs("dice_ce", (2, 4, 6, 7), device=device)[0]
+    z[:, 3] = -1e4
+    y = torch.randint(0, 3, (2, 6, 7), generator=torch.Generator().manual_seed(0)).to(device)
+    four, grad4 = values_and_grad("dice_ce", [z, y], {"smooth": 0.0}, (4.0, 1.0))
+    three, grad3 = values_and_grad("dice_ce", [z[:, :3], y], {"smooth": 0.0}, (3.0, 1.0), reference=True)
+    assert abs(four[0] * 4 - three[0] * 3) < 1e-5, (four, three)
+    assert abs(four[1] - three[1]) < 1e-6
+    assert not grad4[:, 3].any()
+    assert (grad4[:, :3] - grad3).abs().max() < 1e-5 * grad3.abs().max()
+
+
+def test_class_absent_from_both(run):
+    run(check_absent)
+
+
+def check_unknown_label(device):
+    z, y = inputs("dice_ce", (2, 4, 6, 7), device=device)
+    y[1, 2, 3] = 4
+    assert math.isnan(call("dice_ce", [z, y], {})[1].item())
+    assert math.isnan(call("student", [z, y, z, z], {})[1].item())
+    if device == "cpu":
+        with pytest.raises(IndexError):
+            call("dice_ce", [z, y], {}, reference=True)
+
+
+def test_label_that_is_no_class(run):
+    run(check_unknown_label)
+
+
+def check_nan(device):
+    for loss in LOSSES:
+        tensors = inputs(loss, (2, 4, 6, 7), device=device)
+        tensors[0][0, 1, 2, 3] = math.nan
+        assert all(math.isnan(v.item()) for v in call(loss, tensors, {})), loss
+
+
+def test_nan_in_the_logits_reaches_every_loss(run):
+    run(check_nan)
+
+
+def check_small_and_scaled(loss, device):
+    """Gradients near 1e-7, which fp16 cannot hold before a loss scale of 65536 is multiplied in."""
+    tensors = inputs(loss, (4, 4, 32, 32), torch.float16, device)
+    for i in range(1, len(tensors)):
+        if tensors[i].is_floating_point():  # close to the student: small differences
+            tensors[i] = tensors[0] + 0.02 * tensors[i]
+    ups = (65536.0,) * len(ups_of(loss))
+    exact = [x.double() if x.is_floating_point() else x for x in tensors]
+    _, exact = values_and_grad(loss, exact, {}, ups, reference=True)
+    if loss in ("kl", "mse"):
+        assert (exact / 65536).abs().median() < 5e-7
+    _, grad = values_and_grad(loss, tensors, {}, ups)
+    assert (grad.double() - exact).abs().max() < 1e-3 * exact.abs().max()
+    far = exact.abs() > 1e-3 * exact.abs().max()
+    assert ((grad.double() - exact).abs()[far] < 0.02 * exact.abs()[far]).all()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_fp16_under_a_loss_scale(run, loss):
+    run(check_small_and_scaled, loss)
+
+
+def check_offsets(device):
+    """Strides of 2^31 elements along every axis in turn, in memory that is reserved and mostly never touched."""
+    gap = 2**31 + 24
+    try:
+        store = torch.empty(gap + 4096, dtype=torch.float16, device=device)
+        label_store = torch.empty(gap + 4096, dtype=torch.uint8, device=device)
+    except RuntimeError as error:
+        return f"cannot reserve 6 GB: {error}"
+    for axis in range(4):
+        shape = [2 if i == axis else k for i, k in enumerate((1, 3, 2, 5))]
+        strides = [gap if i == axis else k for i, k in enumerate((48, 16, 6, 1))]
+        base = inputs("student", shape, torch.float16, device)
+        far = torch.as_strided(store, shape, strides).copy_(base[0])
+        for loss, others in (("kl", base[2:3]), ("dice_ce", base[1:2]), ("student", base[1:])):
+            if loss == "dice_ce" and shape[0] == 2:
+                others = [torch.as_strided(label_store, (2, 2, 5), (gap, 5, 1)).copy_(base[1].expand(2, 2, 5))]
+            ups = ups_of(loss)
+            expected, expected_grad = values_and_grad(loss, [base[0], *others], {}, ups)
+            got, grad = values_and_grad(loss, [far, *others], {}, ups)
+            assert got == expected, (axis, loss, got, expected)
+            assert torch.equal(grad, expected_grad), (axis, loss)
+    return None
+
+
+def test_more_than_2_31_elements(run):
+    reason = run(check_offsets)
+    if reason:
+        pytest.skip(reason)
+
+
+# ---- autograd --------------------------------------------------------------------------------------------------------
+
+
+def check_autograd(loss, device):
+    tensors = inputs(loss, (2, 4, 17, 13), device=device)
+    leaf = tensors[0].detach().requires_grad_()
+    ups = ups_of(loss)
+    teachers = [x.requires_grad_() for x in tensors[1:] if x.is_floating_point()]
+
+    def total(scale=1.0, **kwargs):
+        return sum(scale * u * v for u, v in zip(ups, call(loss, [leaf, *tensors[1:]], kwargs), strict=True))
+
+    first, again = total(), total()
+    assert torch.equal(first, again), "two runs differ"
+    (g1,) = torch.autograd.grad(first, leaf, retain_graph=True)
+    kept = g1.clone()
+    (g2,) = torch.autograd.grad(first, leaf)
+    (g3,) = torch.autograd.grad(again, leaf)
+    assert torch.equal(g1, g2), "a second backward differs"
+    assert torch.equal(g1, g3), "two runs differ"
+    (g4,) = torch.autograd.grad(total(-3.0), leaf)
+    assert torch.equal(g1, kept), "a later backward wrote into an earlier gradient"
+    assert (g4 + 3 * g1).abs().max() <= 1e-6 * g4.abs().max()
+
+    (total() + total(2.0)).backward()  # the same logits twice in one graph
+    assert (leaf.grad - 3 * g1).abs().max() <= 1e-6 * leaf.grad.abs().max()
+    assert all(t.grad is None for t in teachers), "a teacher got a gradient"
+
+    with torch.no_grad():
+        assert not total().requires_grad
+        assert torch.equal(total(), first)
+    (g5,) = torch.autograd.grad(total(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError):
+        g5.sum().backward()
+    if loss != "dice_ce":
+        name = "expected_grads" if loss == "student" else "expected_grad"
+        ups32 = torch.tensor(ups).tolist()
+        for guess in (ups32 if loss == "student" else ups32[0], None, (9.0,) * 4 if loss == "student" else 9.0):
+            (g6,) = torch.autograd.grad(total(**{name: guess}), leaf)
+            assert torch.equal(g1, g6), f"a guess of {guess} changes the gradient"
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_autograd(run, loss):
+    run(check_autograd, loss)
+
+
+def check_guess(loss, device):
+    """Spoil a teacher between forward and backward: after a right guess nothing reads it, after a wrong one all do."""
+    name, right, wrong = "expected_grad", 2.0, 1.0
+    if loss == "student":
+        name, right, wrong = "expected_grads", (2.0, 2.0, 2.0, 2.0), (2.0, 2.0, 2.0, 1.0)
+    found = []
+    for guess, spoil in ((right, False), (right, True), (wrong, True), (None, True)):
+        tensors = inputs(loss, (2, 4, 6, 7), device=device)
+        with torch.inference_mode():
+            teachers = [x * 1 for x in tensors if x.is_floating_point()][1:]  # tensors that autograd refuses to save
+        tensors[-len(teachers) :] = teachers
+        leaf = tensors[0].detach().requires_grad_()
+        out = call(loss, [leaf, *tensors[1:]], {name: guess})
+        if spoil:
+            with torch.inference_mode():
+                for x in teachers:
+                    x.neg_()
+        found.append(torch.autograd.grad(sum(2 * v for v in out), leaf)[0])
+    assert torch.equal(found[0], found[1]), "a right guess was computed anew"
+    assert not torch.equal(found[0], found[2]), "a wrong guess was kept"
+    assert torch.equal(found[2], found[3])
+
+
+@pytest.mark.parametrize("loss", ["kl", "mse", "student"])
+def test_right_guess_costs_nothing_and_a_wrong_one_is_corrected(run, loss):
+    run(check_guess, loss)
+
+
+def check_missing_teachers(device):
+    s, y, t, c = inputs("student", (3, 4, 6, 7), device=device)
+    ups = ups_of("student")
+    for rest in ((y, None, c), (y, t, None), (y, None, None), (y[:0], t, c), (y.expand(3, 6, 7), t, c)):
+        ours, grad = values_and_grad("student", [s, *rest], {}, ups)
+        exact, exact_grad = values_and_grad("student", [s, *rest], {}, ups, reference=True)
+        assert all(abs(a - b) <= 1e-5 * abs(b) for a, b in zip(ours, exact, strict=True)), (ours, exact)
+        assert (grad - exact_grad).abs().max() <= 1e-5 * exact_grad.abs().max()
+
+
+def test_student_loss_without_a_teacher_or_labels(run):
+    run(check_missing_teachers)
+
+
+def check_composition(device):
+    """student_loss is dice_ce on the labelled slices, softmax_kl against the teacher, softmax_mse against the other."""
+    s, y, t, c = inputs("student", (4, 4, 9, 7), device=device, ignore=-100)
+    ups = ups_of("student")
+    whole, grad = values_and_grad("student", [s, y, t, c], {"tau": 3.0}, ups)
+    leaf = s.detach().requires_grad_()
+    kd = call("kl", [leaf, t], {"tau": 3.0})
+    parts = (*call("dice_ce", [leaf[: len(y)], y], {}), *kd, *call("mse", [leaf, c], {}))
+    (parts_grad,) = torch.autograd.grad(sum(u * v for u, v in zip(ups, parts, strict=True)), leaf)
+    assert all(abs(a - b.item()) <= 1e-6 * abs(a) for a, b in zip(whole, parts, strict=True))
+    assert (grad - parts_grad).abs().max() <= 1e-6 * grad.abs().max()
+
+
+def test_student_loss_is_the_sum_of_the_small_files(run):
+    run(check_composition)
+
+
+def check_compile_and_autocast(device):
+    """The networks compiled, the loss a graph break; logits in bf16 from autocast, the loss computed in fp32."""
+    torch.manual_seed(0)
+    net = nn.Conv2d(1, 4, 3, padding=1).to(device)
+    x = torch.randn(2, 1, 9, 8, device=device)
+    _, y, t, c = inputs("student", (2, 4, 9, 8), device=device)
+
+    def step(x):
+        with torch.autocast(device, torch.bfloat16):
+            s = net(x)
+            parts = load("student_loss").student_loss(s, y, t, c, tau=2.0)
+            return (s, *parts, load("softmax_kl").softmax_kl(s, t), *load("dice_ce").dice_ce(s[: len(y)], y))
+
+    plain = step(x)
+    assert plain[0].dtype == torch.bfloat16
+    assert all(v.dtype == torch.float32 for v in plain[1:])
+    sum(plain[1:]).backward()
+    grad = net.weight.grad.clone()
+    net.weight.grad = None
+    compiled = torch.compile(step, backend="eager")(x)
+    sum(compiled[1:]).backward()
+    assert all(torch.equal(a, b) for a, b in zip(plain, compiled, strict=True))
+    assert torch.equal(grad, net.weight.grad)
+
+
+def test_torch_compile_and_autocast(run):
+    run(check_compile_and_autocast)
+
+
+def check_training(device):
+    """50 steps of a small network, once on the kernels and once on the references: the same network comes out."""
+    weights = {}
+    for reference in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1)).to(device)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        x = torch.randn(3, 1, 12, 12, device=device)
+        y = torch.bucketize(x[:2, 0], torch.tensor([-1.0, 0.0, 1.0], device=device))
+        t, c = torch.randn(3, 4, 12, 12, device=device), torch.randn(3, 4, 12, 12, device=device)
+        losses, kwargs = [], {"tau": 2.0, "expected_grads": (1, 1, 0.1, 0.1)}
+        for _ in range(50):
+            dice, ce, kd, co = call("student", [net(x), y, t, c], kwargs, reference)
+            loss = dice + ce + 0.1 * kd + 0.1 * co
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.8 * losses[0], losses
+        weights[reference] = torch.cat([p.detach().flatten() for p in net.parameters()])
+    error = (weights[False] - weights[True]).abs().max() / weights[True].abs().max()
+    assert error < 1e-4, error
+
+
+def test_fifty_steps_of_training_agree(run):
+    run(check_training)
+
+
+# ---- golden values, peers, references --------------------------------------------------------------------------------
+
+
+def check_golden(reference, device):
+    def close(loss, tensors, kwargs, ups, values, grad):
+        tensors = [x.to(device) for x in tensors]
+        got, got_grad = values_and_grad(loss, tensors, kwargs, ups, reference)
+        assert got == pytest.approx(values, rel=1e-6, abs=1e-7), (loss, kwargs, got, values)
+        assert got_grad.flatten().tolist() == pytest.approx(grad, rel=1e-6, abs=1e-7), (loss, kwargs, got_grad, grad)
+
+    # One pixel, p = (1/2, 1/2), q = (3/4, 1/4): KL = 3/4 ln 3/2 + 1/4 ln 1/2, dKL = p - q, MSE = 1/16 + 1/16.
+    s, t = torch.zeros(1, 2, 1, 1), torch.tensor([math.log(3), 0.0]).view(1, 2, 1, 1)
+    kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    close("kl", [s, t], {}, (1.0,), [kl], [-0.25, 0.25])
+    close("kl", [s, 2 * t], {"tau": 2.0}, (3.0,), [4 * kl], [-1.5, 1.5])  # tau^2 KL, tau e
+    close("mse", [s, t], {}, (1.0,), [0.125], [-0.25, 0.25])  # 2 p e, as sum e p = 0
+    close("mse", [s, 2 * t], {"tau": 2.0}, (1.0,), [0.125], [-0.125, 0.125])  # the same over tau
+
+    # Two pixels, p = 1/2 throughout, labels 0 and 1: I = 1/2, sum p^2 = 1/2, sum p = sum y = 1 for both classes.
+    z, y, ce = torch.zeros(1, 2, 1, 2), torch.tensor([[[0, 1]]]), math.log(2)
+    # squared: R = 1/(1/2 + 1) = 2/3. a = 1/2 (R - 2 y)/1.5 = (-4/9, 2/9) at pixel 0, p (a - sum a p) = (-1/6, 1/6).
+    close("dice_ce", [z, y], {"smooth": 0.0}, (1.0, 0.0), [1 / 3, ce], [-1 / 6, 1 / 6, 1 / 6, -1 / 6])
+    # linear: R = 1/2. a = 1/2 (1/2 - 2 y)/2 = (-3/8, 1/8), p (a - sum a p) = (-1/8, 1/8). With smooth = 1, R = 2/3.
+    linear = {"smooth": 0.0, "squared": False}
+    close("dice_ce", [z, y], linear, (1.0, 0.0), [0.5, ce], [-0.125, 0.125, 0.125, -0.125])
+    close("dice_ce", [z, y], linear | {"smooth": 1.0}, (0.0, 1.0), [1 / 3, ce], [-0.25, 0.25, 0.25, -0.25])
+    # Pixel 1 ignored: class 0 has R = 1/(1/4 + 1) = 4/5, class 1 has I = 0 and R = 0; cross-entropy over one pixel.
+    ignored = torch.tensor([[[0, -100]]])
+    close("dice_ce", [z, ignored], {"smooth": 0.0}, (0.0, 1.0), [0.6, ce], [-0.5, 0.0, 0.5, 0.0])
+    close("dice_ce", [z, ignored], {"smooth": 0.0, "include_background": False}, (0.0, 1.0), [1.0, ce], [-0.5, 0, 0.5, 0])
+    # All four at once: the terms above on their slice, halved where a second slice without a difference joins the mean.
+    s, t = torch.zeros(2, 2, 1, 2), torch.cat([t.expand(1, 2, 1, 2), torch.zeros(1, 2, 1, 2)])
+    grad = [-1 / 6 - 0.125, 1 / 6 - 0.125, 1 / 6 + 0.125, -1 / 6 + 0.125, 0, 0, 0, 0]
+    close("student", [s, y, t, t], {"smooth": 0.0}, (1.0, 0.0, 1.0, 1.0), [1 / 3, ce, kl / 2, 0.0625], grad)
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_golden_values(run, reference):
+    run(check_golden, reference)
+
+
+def check_peers(device):
+    s, t = inputs("kl", (3, 4, 9, 7), device=device)
+    peer = F.kl_div(F.log_softmax(s / 3, 1), F.softmax(t / 3, 1), reduction="sum") * 9 / (3 * 9 * 7)
+    assert call("kl", [s, t], {"tau": 3.0})[0].item() == pytest.approx(peer.item(), rel=1e-5)
+    z, y = inputs("dice_ce", (3, 4, 9, 7), device=device, ignore=-100)
+    assert call("dice_ce", [z, y], {})[1].item() == pytest.approx(F.cross_entropy(z, y).item(), rel=1e-5)
+
+
+def test_peers_of_torch(run):
+    run(check_peers)
+
+
+def monai_dice_ce(z, y, squared, background, smooth):
+    """DiceCELoss(softmax=True, to_onehot_y=True, batch=True, ...), from monai/losses/dice.py of MONAI 1.6.1:
+    f = 1 - (2 intersection + smooth_nr) / (denominator + smooth_dr), mean over classes; CrossEntropyLoss, mean."""
+    p, onehot = z.softmax(1), F.one_hot(y, z.shape[1]).permute(0, 3, 1, 2).to(z.dtype)
+    if not background:
+        p, onehot = p[:, 1:], onehot[:, 1:]
+    axes = (0, 2, 3)
+    intersection = (onehot * p).sum(axes)
+    ground, pred = (onehot.square(), p.square()) if squared else (onehot, p)
+    denominator = ground.sum(axes) + pred.sum(axes)
+    return (1 - (2 * intersection + smooth) / (denominator + smooth)).mean(), F.cross_entropy(z, y)
+
+
+@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("squared", [True, False])
+def test_monai(squared, background):
+    z, y = inputs("dice_ce", (3, 4, 9, 7), torch.float64)
+    kwargs = {"squared": squared, "include_background": background, "smooth": 1e-3}
+    ours = call("dice_ce", [z, y], kwargs, reference=True)
+    peer = monai_dice_ce(z, y, squared, background, 1e-3)
+    assert [v.item() for v in ours] == pytest.approx([v.item() for v in peer], rel=1e-12)
+    if importlib.util.find_spec("monai"):
+        from monai.losses import DiceCELoss
+
+        loss = DiceCELoss(include_background=background, to_onehot_y=True, softmax=True, squared_pred=squared, batch=True,
+                          smooth_nr=1e-3, smooth_dr=1e-3)  # fmt: skip
+        assert loss(z, y.unsqueeze(1)).item() == pytest.approx(sum(peer).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradcheck_of_the_references(loss):
+    for kwargs in options(loss):
+        tensors = inputs(loss, (2, 3, 2, 3), torch.float64, ignore=-100)
+        leaf = tensors[0].requires_grad_()
+        assert torch.autograd.gradcheck(lambda x, k=kwargs, t=tensors: call(loss, [x, *t[1:]], k, reference=True), (leaf,))
+
+
+def test_references_without_triton_compile_whole():
+    """fp64 and, in a process that does not interpret, CPU tensors take the reference; torch.compile sees one graph."""
+    for loss in LOSSES:
+        tensors = inputs(loss, (2, 4, 6, 7), torch.float64)
+        expected = call(loss, tensors, {}, reference=True)
+        compiled = torch.compile(getattr(load(FILES[loss]), NAMES[loss]), backend="eager", fullgraph=True)
+        got = compiled(*tensors)
+        assert all(torch.equal(a, b) for a, b in zip(got if isinstance(got, tuple) else (got,), expected, strict=True))
+        assert expected[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_empty_batch_and_bad_input(loss):
+    fn = getattr(load(FILES[loss]), NAMES[loss])
+    tensors = inputs(loss, (2, 4, 6, 7))
+    empty = [x[:0] for x in tensors]
+    empty[0].requires_grad_()
+    out = fn(*empty)
+    out = out if isinstance(out, tuple) else (out,)
+    assert [v.item() for v in out] == [0.0] * len(out)
+    sum(out).backward()
+    wrong = [[tensors[0][0], *tensors[1:]], [tensors[0][:, :1], *tensors[1:]], [tensors[0], tensors[1][..., :-1], *tensors[2:]],
+             [tensors[0].long(), *tensors[1:]]]  # fmt: skip
+    if loss in ("dice_ce", "student"):
+        wrong.append([tensors[0], tensors[1].float(), *tensors[2:]])
+        with pytest.raises(ValueError, match="smooth"):
+            fn(*tensors, smooth=-1.0)
+    if loss != "dice_ce":
+        with pytest.raises(ValueError, match="tau"):
+            fn(*tensors, tau=0.0)
+    for args in wrong:
+        with pytest.raises(ValueError, match="want|must"):
+            fn(*args)
+
+
+COPY = """
+import sys, warnings
+import torch
+{before}
+import {name} as module
+assert "torch._dynamo" not in sys.modules and not torch.cuda.is_initialized()
+s, t, y = torch.randn(2, 4, 8, 8, requires_grad=True), torch.randn(2, 4, 8, 8), torch.randint(0, 4, (2, 8, 8))
+out = {call}
+(sum(out) if isinstance(out, tuple) else out).backward()
+assert s.grad.abs().max() > 0
+print("ok")
+"""
+
+
+def test_each_file_runs_alone(tmp_path):
+    calls = {"softmax_kl": "module.softmax_kl(s, t)", "dice_ce": "module.dice_ce(s, y)",
+             "student_loss": "module.student_loss(s, y, t, t)"}  # fmt: skip
+    processes = []
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    for i, (name, code) in enumerate(calls.items()):
+        (tmp_path / name).mkdir()
+        shutil.copy(KERNELS / f"{name}.py", tmp_path / name)
+        before = "sys.modules['triton'] = None" if i == 0 else ""  # one of them on a machine without Triton
+        script = COPY.format(name=name, call=code, before=before)
+        processes.append(subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path / name, env=env,
+                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))  # fmt: skip
+    for process in processes:
+        out, err = process.communicate()
+        assert (out, process.returncode) == ("ok\n", 0), err
+        assert err == ""
+
+
+@pytest.mark.parametrize("name", sorted(set(FILES.values())))
+def test_without_triton_cuda_tensors_warn_once(name, monkeypatch):
+    spec = importlib.util.spec_from_file_location(name, KERNELS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    spec.loader.exec_module(module)
+    on_cuda = SimpleNamespace(is_cuda=True, shape=(1, 4, 2, 2), dtype=torch.float32, numel=lambda: 16)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert not module._use_triton(on_cuda)
+        assert not module._use_triton(on_cuda)
+    assert len(seen) == 1
+    assert "Triton" in str(seen[0].message)
+
+
+# ---- what only a GPU can show ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("loss", LOSSES)
+def test_memory_and_host_syncs(loss):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    tensors = inputs(loss, (24, 4, 256, 256), device="cuda", target_dtype=torch.uint8)
+    leaf = tensors[0].requires_grad_()
+    for _ in range(2):  # the first call compiles
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            (grad,) = torch.autograd.grad(sum(call(loss, [leaf, *tensors[1:]], {})), leaf)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        peak = torch.cuda.max_memory_allocated() - before
+        del grad
+    assert peak <= leaf.numel() * leaf.element_size() + 2**20
