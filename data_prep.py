@@ -339,7 +339,7 @@ def locked(out):
         f.close()
         time.sleep(0.1)
     else:
-        raise DataError(f"{out}: {holder} is preparing it; wait for it or choose another OUT")
+        raise DataError(f"{out}: {holder} is working in it; wait for it or choose another folder")
     try:
         f.truncate(0)
         f.write(f"process {os.getpid()} on {platform.node()}")

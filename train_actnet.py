@@ -202,7 +202,7 @@ def bf16_pays(device):
 
 def pick_device(cfg):
     count = torch.cuda.device_count()
-    if cfg.gpu >= count:
+    if not -1 <= cfg.gpu < count:
         have = f"devices 0 to {count - 1}" if count else "no CUDA device; leave --gpu out to train on the CPU"
         raise UserError(f"--gpu {cfg.gpu}: this machine has {have}")
     return torch.device("cpu") if cfg.cpu or not count else torch.device("cuda", max(cfg.gpu, 0))
@@ -275,6 +275,8 @@ def train(cfg, resume=None):
         torch.use_deterministic_algorithms(True, warn_only=True)
     slices = Slices(cfg, device)
     volumes = [data_prep.read_volume(cfg.data, name) for name in data_prep.read_list(cfg.data, "val")]
+    if not volumes:
+        raise UserError(f"{cfg.data}/val.list: empty; the best checkpoint is chosen on val")
     # A little more than was trained on: enough to hold every heart but the largest; far more costs a point of Dice.
     inference = dict(view=cfg.view, size=cfg.size * 9 // 8 if cfg.view == "heart" else cfg.size)
 
@@ -294,8 +296,8 @@ def train(cfg, resume=None):
     else:
         optimizer = torch.optim.SGD(parameters, lr=cfg.lr, momentum=0.9, weight_decay=1e-4, fused=True)
     pairs = list(zip(coteacher.state_dict().values(), student.state_dict().values(), strict=True))
-    ema_to, ema_from = zip(*[p for p in pairs if p[0].is_floating_point()], strict=True)
-
+    averaged = [list(side) for side in zip(*(p for p in pairs if p[0].is_floating_point()), strict=True)]
+    copied = [list(side) for side in zip(*(p for p in pairs if not p[0].is_floating_point()), strict=True)]
     form = dict(squared=cfg.dice == "squared", include_background=cfg.dice == "squared")         # of Dice
 
     run, start, trained_s, best = Path(cfg.out), 0, 0.0, dict(step=-1, score=-1.0)
@@ -371,7 +373,8 @@ def train(cfg, resume=None):
             (loss + teacher_seg).backward()
             optimizer.step()
             if use_coteacher:                          # a plain mean of the first steps, then the moving average
-                get_ema_multi_avg_fn(min(cfg.ema, step / (step + 1)))(ema_to, ema_from, None)
+                get_ema_multi_avg_fn(min(cfg.ema, step / (step + 1)))(*averaged, None)
+                torch._foreach_copy_(*copied)
             history.append(torch.stack([v.detach().float() for v in (loss, dice, ce, kd, co, teacher_seg)]))
 
             done = step + 1
@@ -485,8 +488,9 @@ def load_last(run):
 
 def keep_log_until(path, step):
     """Drop the rows past the checkpoint that the run resumes from."""
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join([lines[0]] + [x for x in lines[1:] if int(x.split(",")[0]) <= step]))
+    header, *rows = path.read_text().splitlines()
+    whole = [row for row in rows if row.count(",") == header.count(",") and int(row.split(",")[0]) <= step]
+    path.write_text("\n".join([header, *whole]) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------- main

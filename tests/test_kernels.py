@@ -37,7 +37,7 @@ HALVES = (torch.float16, torch.bfloat16)
 @functools.cache
 def load(name):
     spec = importlib.util.spec_from_file_location(f"loaded_{name}", KERNELS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -49,7 +49,7 @@ def interpreter():
         pytest.skip("Triton is not installed")
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
-    pool = multiprocessing.get_context("spawn").Pool(1)
+    pool = multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, (1,))
     if before is None:
         del os.environ["TRITON_INTERPRET"]
     else:
@@ -206,7 +206,7 @@ def test_huge_logits(run, loss):
 
 cases = st.fixed_dictionaries(
     {
-        "shape": st.tuples(st.integers(1, 3), st.integers(2, 16), st.integers(1, 23), st.integers(1, 23)),
+        "shape": st.tuples(st.integers(1, 2), st.sampled_from([2, 3, 4, 5, 7, 11]), *[st.integers(1, 23)] * 2),
         "dtype": st.sampled_from([torch.float32, torch.float16]),
         "layout": st.sampled_from(["contiguous", "channels_last", "batch slice", "crop", "transposed"]),
         "scale": st.sampled_from([0.3, 2.0, 30.0]),
@@ -216,7 +216,7 @@ cases = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), loss=st.sampled_from(LOSSES), case=cases)
 def test_anything(run, data, loss, case):
     kwargs = {}
@@ -398,7 +398,7 @@ def check_autograd(loss, device):
         ups32 = torch.tensor(ups).tolist()
         for guess in (ups32 if loss == "student" else ups32[0], None, (9.0,) * 4 if loss == "student" else 9.0):
             (g6,) = torch.autograd.grad(total(**{name: guess}), leaf)
-            assert torch.equal(g1, g6), f"a guess of {guess} changes the gradient"
+            assert (g1 - g6).abs().max() <= 1e-6 * g1.abs().max(), f"a guess of {guess} changes the gradient"
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -471,12 +471,12 @@ def check_compile_and_autocast(device):
     net = nn.Conv2d(1, 4, 3, padding=1).to(device)
     x = torch.randn(2, 1, 9, 8, device=device)
     _, y, t, c = inputs("student", (2, 4, 9, 8), device=device)
+    whole, kl, segmentation = load("student_loss").student_loss, load("softmax_kl").softmax_kl, load("dice_ce").dice_ce
 
     def step(x):
         with torch.autocast(device, torch.bfloat16):
             s = net(x)
-            parts = load("student_loss").student_loss(s, y, t, c, tau=2.0)
-            return (s, *parts, load("softmax_kl").softmax_kl(s, t), *load("dice_ce").dice_ce(s[: len(y)], y))
+            return (s, *whole(s, y, t, c, tau=2.0), kl(s, t), *segmentation(s[: len(y)], y))
 
     plain = step(x)
     assert plain[0].dtype == torch.bfloat16
@@ -501,9 +501,9 @@ def check_training(device):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1)).to(device)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-        x = torch.randn(3, 1, 12, 12, device=device)
-        y = torch.bucketize(x[:2, 0], torch.tensor([-1.0, 0.0, 1.0], device=device))
-        t, c = torch.randn(3, 4, 12, 12, device=device), torch.randn(3, 4, 12, 12, device=device)
+        x = torch.randn(2, 1, 12, 12, device=device)
+        y = torch.bucketize(x[:1, 0], torch.tensor([-1.0, 0.0, 1.0], device=device))
+        t, c = torch.randn(2, 4, 12, 12, device=device), torch.randn(2, 4, 12, 12, device=device)
         losses, kwargs = [], {"tau": 2.0, "expected_grads": (1, 1, 0.1, 0.1)}
         for _ in range(50):
             dice, ce, kd, co = call("student", [net(x), y, t, c], kwargs, reference)
@@ -551,7 +551,8 @@ def check_golden(reference, device):
     # Pixel 1 ignored: class 0 has R = 1/(1/4 + 1) = 4/5, class 1 has I = 0 and R = 0; cross-entropy over one pixel.
     ignored = torch.tensor([[[0, -100]]])
     close("dice_ce", [z, ignored], {"smooth": 0.0}, (0.0, 1.0), [0.6, ce], [-0.5, 0.0, 0.5, 0.0])
-    close("dice_ce", [z, ignored], {"smooth": 0.0, "include_background": False}, (0.0, 1.0), [1.0, ce], [-0.5, 0, 0.5, 0])
+    foreground = {"smooth": 0.0, "include_background": False}
+    close("dice_ce", [z, ignored], foreground, (0.0, 1.0), [1.0, ce], [-0.5, 0, 0.5, 0])
     # All four at once: the terms above on their slice, halved where a second slice without a difference joins the mean.
     s, t = torch.zeros(2, 2, 1, 2), torch.cat([t.expand(1, 2, 1, 2), torch.zeros(1, 2, 1, 2)])
     grad = [-1 / 6 - 0.125, 1 / 6 - 0.125, 1 / 6 + 0.125, -1 / 6 + 0.125, 0, 0, 0, 0]
@@ -599,8 +600,10 @@ def test_monai(squared, background):
     if importlib.util.find_spec("monai"):
         from monai.losses import DiceCELoss
 
-        loss = DiceCELoss(include_background=background, to_onehot_y=True, softmax=True, squared_pred=squared, batch=True,
-                          smooth_nr=1e-3, smooth_dr=1e-3)  # fmt: skip
+        loss = DiceCELoss(
+            include_background=background, to_onehot_y=True, softmax=True, squared_pred=squared, batch=True,
+            smooth_nr=1e-3, smooth_dr=1e-3,
+        )  # fmt: skip
         assert loss(z, y.unsqueeze(1)).item() == pytest.approx(sum(peer).item(), rel=1e-12)
 
 
@@ -609,7 +612,8 @@ def test_gradcheck_of_the_references(loss):
     for kwargs in options(loss):
         tensors = inputs(loss, (2, 3, 2, 3), torch.float64, ignore=-100)
         leaf = tensors[0].requires_grad_()
-        assert torch.autograd.gradcheck(lambda x, k=kwargs, t=tensors: call(loss, [x, *t[1:]], k, reference=True), (leaf,))
+        fn = functools.partial(lambda k, rest, x: call(loss, [x, *rest], k, reference=True), kwargs, tensors[1:])
+        assert torch.autograd.gradcheck(fn, (leaf,))
 
 
 def test_references_without_triton_compile_whole():
@@ -633,17 +637,18 @@ def test_empty_batch_and_bad_input(loss):
     out = out if isinstance(out, tuple) else (out,)
     assert [v.item() for v in out] == [0.0] * len(out)
     sum(out).backward()
-    wrong = [[tensors[0][0], *tensors[1:]], [tensors[0][:, :1], *tensors[1:]], [tensors[0], tensors[1][..., :-1], *tensors[2:]],
-             [tensors[0].long(), *tensors[1:]]]  # fmt: skip
+    first, second, *rest = tensors
+    wrong = [[first[0], second, *rest], [first[:, :1], second, *rest], [first, second[..., :-1], *rest]]
+    wrong.append([first.long(), second, *rest])
     if loss in ("dice_ce", "student"):
-        wrong.append([tensors[0], tensors[1].float(), *tensors[2:]])
+        wrong.append([first, second.float(), *rest])
         with pytest.raises(ValueError, match="smooth"):
             fn(*tensors, smooth=-1.0)
     if loss != "dice_ce":
         with pytest.raises(ValueError, match="tau"):
             fn(*tensors, tau=0.0)
     for args in wrong:
-        with pytest.raises(ValueError, match="want|must"):
+        with pytest.raises(ValueError, match=r"want|must"):
             fn(*args)
 
 

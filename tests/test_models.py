@@ -153,8 +153,9 @@ def test_bad_checkpoints_get_one_line(net, tmp_path):
     save_checkpoint(tmp_path / "widths.pt", content(net, architecture={**net.architecture, "base": 8}))
     save_checkpoint(tmp_path / "less.pt", {"networks": {}})
     save_checkpoint(tmp_path / "inference.pt", content(net, inference={}))
+    save_checkpoint(tmp_path / "view.pt", content(net, inference={"size": 16, "view": "sideways"}))
     bad = sorted(tmp_path.glob("*.pt"))
-    assert len(bad) == 11
+    assert len(bad) == 12
     for path in [*bad, tmp_path / "absent.pt", tmp_path]:
         if path.name != "good.pt":
             with pytest.raises(CheckpointError) as error:

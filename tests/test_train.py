@@ -184,6 +184,8 @@ def test_coteacher_is_the_moving_average_of_the_student(data, tmp_path, monkeypa
             if s.is_floating_point():
                 expected = s if step == 0 else decay * before["coteacher"][name] + (1 - decay) * s
                 torch.testing.assert_close(c, expected)
+            else:
+                assert torch.equal(c, s), name
     moved = [n for n, t in seen[-1]["student"].items() if not torch.equal(t, seen[-1]["coteacher"][n])]
     assert any("running_var" in n for n in moved)
     assert any("head.weight" in n for n in moved)
