@@ -126,12 +126,9 @@ def table(rows):
 
 LOSSES = ("kl", "mse", "dice_ce", "student_loss-kl", "student_loss-mse")
 ODD = {"shape": (2, 17, 13)}
-HEAVY = ("mse", "dice_ce", "student_loss-kl", "student_loss-mse")
-CASES = [(loss, dtype, 4, 90, {}) for loss, dtype in itertools.product(LOSSES, DTYPES)]
-CASES += [(loss, dtype, 4, 80, {}) for loss, dtype in itertools.product(("kl", "dice_ce", "student_loss-mse"), DTYPES)]
-CASES += [(loss, "bf16", c, 90, {}) for loss, c in itertools.product(HEAVY, (3, 8, 16))]
-CASES += [(loss, "fp32", 4, 90, ODD) for loss in ("kl", "dice_ce")]
-CASES += [("kl", "bf16", 4, 90, {"channels_last": True})]
+CASES = [(loss, dtype, 4, arch, {}) for arch, dtype, loss in itertools.product((80, 90), DTYPES, LOSSES)]
+CASES += [("student_loss-kl", "bf16", 8, 80, {}), ("dice_ce", "fp32", 16, 90, {})]  # the most registers: 8 and 16 classes
+CASES += [("kl", "fp32", 4, 90, ODD), ("dice_ce", "fp32", 4, 90, ODD), ("kl", "bf16", 4, 90, {"channels_last": True})]
 
 
 def spawn(cases, folder):
@@ -145,7 +142,8 @@ def spawn(cases, folder):
 def rows(tmp_path_factory):
     if not sys.platform.startswith("linux") or importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
-    workers = [spawn(CASES[i::2], tmp_path_factory.mktemp("triton")) for i in range(2)]
+    by_arch = [[case for case in CASES if case[3] == arch] for arch in (80, 90)]
+    workers = [spawn(cases, tmp_path_factory.mktemp("triton")) for cases in by_arch]
     results = [(w, *w.communicate()) for w in workers]
     for worker, _, err in results:
         assert worker.returncode == 0, err[-3000:]
@@ -169,7 +167,7 @@ def test_every_launch_is_there(rows):
 def test_nothing_spills(rows):
     assert len(rows) > 90
     assert [r for r in rows if r["spill"]] == []
-    assert max(r["registers"] for r in rows if r["classes"] == 4) <= 168  # three blocks of 128 threads per SM at least
+    assert max(r["registers"] for r in rows) <= 200  # of 255: room for another compiler's taste
 
 
 def test_layouts_agree(rows):
