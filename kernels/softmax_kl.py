@@ -10,7 +10,8 @@ Maths. M = N*H*W pixels, p = softmax(s / tau) and q = softmax(t / tau) over the 
     MSE  L =     1/M * sum e^2                    dL/ds_k = 2/(tau M) * p_k (e_k - sum_c e_c p_c)
 The gradient goes to the student alone. In the KL, sum p = sum q = 1 lets every term be written q (exp(-d) - 1 + d) with
 d = log q - log p: no term is negative, and where |d| is small a series replaces the difference of near-equal numbers
-(at tau = 20 the plain form keeps three digits of a pixel's KL, this one six).
+(logits of standard deviation 0.5 at tau = 20: the worst hundredth of the pixels is wrong by 3e-3 and more in the plain
+form, by 8e-6 and more in this one, both in fp32).
 
 Bytes. Let U be one logits tensor. A gradient is local to its pixel, so the forward writes it while the logits are on
 chip, already multiplied by the gradient that `expected_grad` says will arrive (1 for `loss.backward()`, the term's
@@ -20,10 +21,16 @@ host sync: equal, and it is done; different, and it computes the gradient anew. 
     expected_grad right   R s, R t, W g     4 bytes              3 U      1 U
     expected_grad wrong   R s, R t, W g     R s, R t, W g        6 U      1 U
     expected_grad=None    R s, R t          R s, R t, W g        5 U      1 U, only in the backward
-    eager, kl / mse       @EAGER@
+    eager, kl             15 kernels                                26 U in fp32, 61 U in bf16 (its U is half)
+    eager, mse            11 kernels                                18 U in fp32, 45 U in bf16
 The other design, a stored gradient scaled in the backward, moves 5 U as well, rounds twice and needs 2 U of memory.
 fp16: a gradient of a mean over 24*256*256 pixels is below 1e-7 and fp16 ends at 6e-8, which is why a loss scale exists.
 Whatever arrives is multiplied in fp32 before the cast, and since a scale is never 1, fp16 logits take the row of None.
+
+Loads and stores take 16 bytes per thread (C <= 4, fp32 also C <= 8) where H*W is divisible by 16 and the pixels of a
+class are neighbours: Triton specialises on integers and addresses divisible by 16. Elsewhere (channels_last, 17 x 13,
+a slice that starts off a 16-byte boundary) the same source is compiled once more with narrower ones: the same bytes in
+more instructions.
 """
 
 import functools
