@@ -500,7 +500,7 @@ def parse(argv):
         description=__doc__.splitlines()[0], usage="%(prog)s [options]", argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=118))
     parser.add_argument("--preset", choices=("paper", "cpu"),
-                        help="paper: the published protocol; cpu: half an hour on two cores")
+                        help="paper: the published protocol; cpu: an hour on two cores")
     parser.add_argument("--demo", action="store_true", help="train and evaluate on synthetic hearts")
     parser.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
     for f in fields(Config):
