@@ -26,7 +26,8 @@ compares them, on the device, with those that arrive: nothing to do, or all of i
     eager                    89 kernels                                                                 71 U
 Peak beyond the inputs: one gradient. fp16 is never guessed, as a loss scaler's factor is not 1; incoming gradients are
 multiplied in fp32 before the cast, so what is near 1e-7 keeps its digits under a loss scale. No atomics, fixed order of
-every sum: two runs agree bit for bit. Loads take 16 bytes where H*W is divisible by 16 (C <= 4, fp32 also C <= 8).
+every sum: two runs agree bit for bit. Loads take 16 bytes where H*W is divisible by 16 (first
+pass C <= 4, fp32 C <= 8; half types in the second pass 8 bytes, for want of registers).
 """
 
 import functools
@@ -273,40 +274,42 @@ if triton is not None:
                 ptrs += g_c
 
 
-def _geometry(*tensors):
-    """Vector width, pixels per block, blocks per slice, and whether every tensor's rows follow each other."""
+def _geometry(vec, *tensors):
+    """Pixels per thread and per block, blocks per slice, and whether every tensor's rows follow each other."""
     _, c, h, w = tensors[0].shape
-    # Four warps, 16 bytes per thread and load: 4 pixels of fp32, 8 of the half types; fewer where registers run out.
-    vec = 16 // tensors[0].element_size() if c <= 4 else 4 if c <= 8 else 2
+    vec = vec if c <= 4 else 4 if c <= 8 else 2  # fewer where registers run out; four warps throughout
     flat = h == 1 or all(x.stride(-2) == w * x.stride(-1) for x in tensors if x is not None)
     return vec, 128 * vec, -(-h * w // (128 * vec)), flat
 
 
-def _launch(student, target, teacher, coteacher, grad, coef, ups, expected, part, tau, squared, mse, ignore):
-    """Second pass: kd and co into `part` where `ups` is None (forward), the gradient into `grad` where there is one."""
+def _launch(student, target, teacher, coteacher, grad, coef, ups, expected, tau, squared, mse, ignore):
+    """Second pass: returns (kd, co) where `ups` is None (forward), and fills `grad` where there is one."""
     n, c, h, w = student.shape
-    _, block, blocks, flat = _geometry(student, target, teacher, coteacher, grad)
+    # 16 bytes per thread and load in fp32, 8 in the half types: 8 pixels of them want all 255 registers, and a warp's 256
+    # bytes are whole sectors either way.
+    _, block, blocks, flat = _geometry(4, student, target, teacher, coteacher, grad)
     strides = [v for x in (student, teacher, coteacher) for v in ((0, 0, 0, 0) if x is None else x.stride())]
     pixels = n * h * w
+    part = None if ups else student.new_empty((2, n * blocks), dtype=torch.float32)
     _student_kernel[(n * blocks,)](
         student, teacher, coteacher, target, grad, coef, *(ups or (None,) * 4), part, h * w, w, blocks, len(target),
         *strides, *target.stride(), *((0, 0, 0, 0) if grad is None else grad.stride()),
         ignore, 1 / tau, (1 if mse else tau * tau) / pixels, (2 / tau if mse else tau) / pixels, 1 / pixels, *expected,
         C=c, SQUARED=squared, MSE=mse, LOSS=ups is None, GRAD=grad is not None, FLAT=flat, BLOCK=block, num_warps=4,
     )  # fmt: skip
+    return None if ups else (part[0].sum(), part[1].sum())
 
 
 class _StudentLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, target, teacher, coteacher, tau, mse, smooth, squared, first, ignore, expected):
         n, c, h, w = student.shape
-        vec, block, blocks, flat = _geometry(student, target)
+        vec, block, blocks, flat = _geometry(16 // student.element_size(), student, target)  # 16 bytes per load
         labeled_blocks = len(target) * blocks
         programs = max(min(labeled_blocks, PROGRAMS), 1)
         sums = student.new_empty((3 * c + 1, programs), dtype=torch.float32)
         dice, ce = (student.new_empty((), dtype=torch.float32) for _ in range(2))
         coef = student.new_empty(2 * c + 1, dtype=torch.float32)
-        part = student.new_empty((2, n * blocks), dtype=torch.float32)
         ctx.args = tau, squared, mse, ignore
         ctx.expected = expected
         ctx.grad = None if expected is None else torch.empty_like(student)
@@ -324,8 +327,8 @@ class _StudentLoss(torch.autograd.Function):
                 sums, dice, ce, coef, programs, smooth, C=c, FIRST=first, LANES=1024, num_warps=4
             )
             expected = (0.0, 0.0, 0.0, 0.0) if ctx.grad is None else expected
-            _launch(student, target, teacher, coteacher, ctx.grad, coef, None, expected, part, *ctx.args)
-            return dice, ce, part[0].sum(), part[1].sum()
+            kd, co = _launch(student, target, teacher, coteacher, ctx.grad, coef, None, expected, *ctx.args)
+        return dice, ce, kd, co
 
     @staticmethod
     @once_differentiable
@@ -337,7 +340,7 @@ class _StudentLoss(torch.autograd.Function):
         if grad is None:
             grad, expected = torch.empty_like(student), (float("nan"),) * 4  # equal to nothing
         with torch.cuda.device_of(student):
-            _launch(student, target, teacher, coteacher, grad, coef, ups, expected, None, *ctx.args)
+            _launch(student, target, teacher, coteacher, grad, coef, ups, expected, *ctx.args)
         return grad, *(None,) * 10
 
 
