@@ -174,7 +174,7 @@ def time_cuda(fn, sets, repeats=50):
     return quantiles(seconds), method
 
 
-def time_cpu(fn, sets, repeats=5):
+def time_cpu(fn, sets, repeats=4):
     seconds = []
     for i in range(repeats + 1):
         began = time.perf_counter()
@@ -256,6 +256,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=4, help="start no further measurement after this time")
     args = parser.parse_args()
     cuda, began = torch.cuda.is_available(), time.perf_counter()
+    minutes = args.minutes if cuda else min(args.minutes, 0.7)
     header, copy = environment(cuda), copy_bandwidth() if cuda else math.nan
     print(", ".join(f"{k} {v}" for k, v in header.items()))
     print(f"device-to-device copy {copy:.0f} GB/s" if cuda else "No CUDA: plain torch on a CPU. NOT a GPU figure.")
@@ -269,8 +270,8 @@ def main():
 
     rows = []
     for loss, name, shape, dtype, channels_last, hot in plan(cuda):
-        if time.perf_counter() - began > 60 * args.minutes:
-            print(f"stopped after {args.minutes:g} minutes: the rest is not measured")
+        if time.perf_counter() - began > 60 * minutes:
+            print(f"stopped after {minutes:g} minutes: the rest is not measured")
             break
         try:
             fn = implementation(loss, name, cuda)
@@ -291,7 +292,8 @@ def main():
             "method": method, "p20_ms": f"{p20:.4f}", "p50_ms": f"{p50:.4f}", "p80_ms": f"{p80:.4f}",
             "extra_mb": f"{peak_extra(fn, sets[0]) / 1e6:.1f}" if cuda else "",
             "gradient_mb": f"{sets[0][0].nbytes / 1e6:.1f}", "bytes_mb": f"{bytes_moved / 1e6:.1f}",
-            "gb_s": f"{gb_s:.1f}", "copy_gb_s": f"{copy:.0f}", "share": f"{gb_s / copy:.3f}",
+            "gb_s": f"{gb_s:.1f}", "copy_gb_s": f"{copy:.0f}" if cuda else "",
+            "share": f"{gb_s / copy:.3f}" if cuda else "",
         }  # fmt: skip
         rows.append(row)
         columns = {"loss": 12, "implementation": 8, "shape": 14, "dtype": 5, "layout": 13, "cache": 4, "p20_ms": 9,

@@ -285,8 +285,8 @@ def _geometry(vec, *tensors):
 def _launch(student, target, teacher, coteacher, grad, coef, ups, expected, tau, squared, mse, ignore):
     """Second pass: returns (kd, co) where `ups` is None (forward), and fills `grad` where there is one."""
     n, c, h, w = student.shape
-    # 16 bytes per thread and load in fp32, 8 in the half types: 8 pixels of them want all 255 registers, and a warp's 256
-    # bytes are whole sectors either way.
+    # 16 bytes per thread and load in fp32, 8 in the half types: 8 pixels of them want all 255 registers, and the 256
+    # bytes of a warp are whole sectors either way.
     _, block, blocks, flat = _geometry(4, student, target, teacher, coteacher, grad)
     strides = [v for x in (student, teacher, coteacher) for v in ((0, 0, 0, 0) if x is None else x.stride())]
     pixels = n * h * w
@@ -303,7 +303,7 @@ def _launch(student, target, teacher, coteacher, grad, coef, ups, expected, tau,
 class _StudentLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, target, teacher, coteacher, tau, mse, smooth, squared, first, ignore, expected):
-        n, c, h, w = student.shape
+        _, c, h, w = student.shape
         vec, block, blocks, flat = _geometry(16 // student.element_size(), student, target)  # 16 bytes per load
         labeled_blocks = len(target) * blocks
         programs = max(min(labeled_blocks, PROGRAMS), 1)

@@ -172,7 +172,7 @@ def options(loss):
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_options(run, loss, dtype):
-    for kwargs in options(loss):
+    for kwargs in options(loss)[: 1 if dtype == torch.bfloat16 else 4]:
         run(check_agreement, loss, {"shape": (2, 4, 17, 13), "dtype": dtype, "ignore": -100}, kwargs, ups_of(loss))
 
 
