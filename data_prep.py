@@ -228,12 +228,12 @@ def read_volume(root, name):
     return Volume(name, image, label, attrs.get("spacing"), attrs.get("group"))
 
 
-def read_slices(root) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Every training slice as (name, image (Y, X) float32, label (Y, X) uint8), in train_slices.list's order.
+def read_slices(root, names=None) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Training slices as (name, image (Y, X) float32, label (Y, X) uint8): `names`, or all of train_slices.list.
 
     The patient is name[:10]; the first k distinct ones are those of `--labeled k`.
     """
-    for name in read_list(root, "train_slices", SLICE):
+    for name in read_list(root, "train_slices", SLICE) if names is None else names:
         image, label, _ = read_h5(h5_path(root, name), 2)
         require(label is not None, h5_path(root, name), "holds no label")
         yield name, image, label

@@ -13,6 +13,8 @@ Image Segmentation", ICIP 2022, arXiv 2207.01900. Where this script departs from
     python train_actnet.py --labeled 7 --gpu 0                 # ACDC prepared by data_prep.py in data/ACDC
     python train_actnet.py --labeled 7 --cpu --preset cpu      # the same on two cores
     python train_actnet.py --resume runs/act-7-seed0
+    torchrun --nproc_per_node=4 train_actnet.py --labeled 7    # the same batch, split over four GPUs
+    python train_actnet.py --gpu 0 --bench                     # time per step and its shares -> results/step.csv
 """
 import argparse
 import csv
@@ -24,15 +26,20 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data_prep
@@ -64,9 +71,11 @@ class Config:
     val_every: int = option(500, "steps between validations and checkpoints")
     log_every: int = option(20, "steps between rows of log.csv")
     precision: str = option("auto", "auto: bf16 where the device computes in it", ("auto", "bf16", "fp32"))
+    compile: bool = option(False, "torch.compile the networks; did not pay on a CPU")
     deterministic: bool = option(False, "only kernels that repeat bit for bit, slower on a GPU")
     batch: int = option(24, "slices per step", group="data")
     labeled_batch: int = option(12, "of these with labels")
+    cache: str = option("auto", "where slices wait; auto: the first that fits", ("auto", "device", "ram", "disk"))
     size: int = option(160, "side of the training window, pixels")
     view: str = option("heart", "heart: centre, native resolution; whole: slice squeezed", ("heart", "whole"))
     intensity: float = option(1.0, "strength of gamma, contrast, brightness and noise")
@@ -101,33 +110,50 @@ MAY_CHANGE = {"iters", "minutes", "gpu", "cpu", "out", "data"}          # on --r
 
 # ------------------------------------------------------------------------------------------------------------- data
 
+def choose_cache(cache, device, need):
+    """Where `need` bytes of slices wait: on the device, in memory, or on disk, read again for each batch."""
+    if cache != "auto":
+        return cache
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**33
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory
+    return "device" if need < free / 4 else "ram" if need < memory / 4 else "disk"
+
+
 class Slices:
-    """The training slices, cut or resized once, on `device`; batches are drawn and augmented there. Everything random
-    is a function of (seed, step), so a resumed run goes on with the same batches."""
+    """The training slices, cut or resized to one side; batches are drawn, and augmented on `device`. Everything random
+    is a function of (seed, step): a resumed run goes on with the same batches, wherever the slices wait."""
 
     def __init__(self, cfg, device):
         self.cfg, self.device = cfg, device
         # A turned and scaled window of `size` mostly stays inside size + 64.
         self.side = cfg.size + 64 if cfg.view == "heart" else cfg.size
-        names, images, labels = [], [], []
-        for name, image, label in data_prep.read_slices(cfg.data):
-            image, label = torch.from_numpy(image)[None, None], torch.from_numpy(label)[None, None].float()
-            if cfg.view == "heart":
-                image, label = self.window(image, "replicate"), self.window(label, "constant")
-            else:
-                image = F.interpolate(image, (self.side, self.side), mode="bilinear", antialias=True)
-                label = F.interpolate(label, (self.side, self.side), mode="nearest-exact")
-            names.append(name)
-            images.append(image[0].half())
-            labels.append(label[0].to(torch.uint8))
-        self.names = names
-        self.images, self.labels = torch.stack(images).to(device), torch.stack(labels).to(device)    # (N, 1, S, S)
+        self.names = names = data_prep.read_list(cfg.data, "train_slices", data_prep.SLICE)
         patients = list(dict.fromkeys(name[:10] for name in names))
         if not 1 <= cfg.labeled <= len(patients):
             raise UserError(f"--labeled {cfg.labeled}: {cfg.data} holds {len(patients)} training patients")
         self.patients = patients[:cfg.labeled]
         self.n_labeled = sum(name[:10] in self.patients for name in names)
         self.noise = torch.Generator(device)
+        self.cache = choose_cache(cfg.cache, device, 3 * len(names) * self.side**2)
+        if self.cache != "disk":
+            self.images, self.labels = self.read(range(len(names)))
+        if self.cache == "device":
+            self.images, self.labels = self.images.to(device), self.labels.to(device)
+
+    def read(self, index):
+        """-> images (n, 1, S, S) fp16 in 0..1 and labels (n, 1, S, S) uint8 from the files."""
+        images = torch.empty(len(index), 1, self.side, self.side, dtype=torch.float16)
+        labels = torch.empty(images.shape, dtype=torch.uint8)
+        slices = data_prep.read_slices(self.cfg.data, [self.names[i] for i in index])
+        for i, (_, image, label) in enumerate(slices):
+            image, label = torch.from_numpy(image)[None, None], torch.from_numpy(label)[None, None].float()
+            if self.cfg.view == "heart":
+                images[i], labels[i] = self.window(image, "replicate")[0], self.window(label, "constant")[0]
+            else:
+                shape = self.side, self.side
+                images[i] = F.interpolate(image, shape, mode="bilinear", antialias=True)[0]
+                labels[i] = F.interpolate(label, shape, mode="nearest-exact")[0]
+        return images, labels
 
     def window(self, x, pad_mode):
         h, w = x.shape[-2:]
@@ -148,12 +174,34 @@ class Slices:
             drawn.append(start + order[step * n - passes[0] * pool:][:n])
         return np.concatenate(drawn), parts[0][2]
 
-    def batch(self, step):
+    def __getitem__(self, step):
+        """-> images (B, 1, S, S), labels (L, 1, S, S) of its first L slices, both as they wait; or the error."""
+        index, n_labeled = self.indices(step)
+        if self.cache == "disk":
+            try:
+                images, labels = self.read(index)
+            except data_prep.DataError as error:           # raised in a worker it would arrive with its traceback
+                return error
+            return images, labels[:n_labeled]
+        index = torch.from_numpy(index).to(self.images.device, non_blocking=True)
+        return self.images[index], self.labels[index[:n_labeled]]
+
+    def batches(self, start, stop):
+        """batch(step) of the steps start to stop, read ahead where the slices do not wait on the device."""
+        workers = dict(num_workers=2, prefetch_factor=4) if self.cache == "disk" else {}
+        ahead = (self[step] for step in range(start, stop)) if self.cache == "device" else DataLoader(
+            self, batch_size=None, sampler=range(start, stop), pin_memory=self.device.type == "cuda", **workers)
+        for step, raw in zip(range(start, stop), ahead, strict=True):
+            yield self.batch(step, raw)
+
+    def batch(self, step, raw=None):
         """-> x (B, 1, S, S) float in 0..1, y (L, S, S) uint8 of its first L slices, and the step's random source."""
-        cfg, (index, n_labeled) = self.cfg, self.indices(step)
-        rng = np.random.default_rng((cfg.seed, step))
+        raw = self[step] if raw is None else raw
+        if isinstance(raw, data_prep.DataError):
+            raise raw
+        images, labels = (part.to(self.device, non_blocking=True).float() for part in raw)
+        cfg, n, rng = self.cfg, len(images), np.random.default_rng((self.cfg.seed, step))
         self.noise.manual_seed(int(rng.integers(2**62)))
-        n = len(index)
         if cfg.view == "heart":
             angle = np.radians(rng.uniform(-20, 20, n))
             shift = rng.uniform(-1, 1, (n, 2)) * cfg.size / 4 / self.side                 # an eighth of the window
@@ -163,12 +211,10 @@ class Slices:
             zoom, flip = np.ones(n), rng.choice((-1, 1), n)
         theta = np.stack([np.stack([zoom * np.cos(angle) * flip, -zoom * np.sin(angle), shift[:, 0]], 1),
                           np.stack([zoom * np.sin(angle) * flip, zoom * np.cos(angle), shift[:, 1]], 1)], 1)
-        index = torch.from_numpy(index).to(self.device, non_blocking=True)
         theta = torch.from_numpy(theta).float().to(self.device, non_blocking=True)                    # (B, 2, 3)
         grid = F.affine_grid(theta, (n, 1, cfg.size, cfg.size), align_corners=False)
-        x = F.grid_sample(self.images[index].float(), grid, padding_mode="border", align_corners=False)
-        y = F.grid_sample(self.labels[index[:n_labeled]].float(), grid[:n_labeled], mode="nearest",
-                          align_corners=False)
+        x = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+        y = F.grid_sample(labels, grid[:len(labels)], mode="nearest", align_corners=False)
         return x, y[:, 0].to(torch.uint8), rng
 
     def perturb(self, x, rng, strength):
@@ -201,11 +247,13 @@ def bf16_pays(device):
 
 
 def pick_device(cfg):
+    """The CUDA device of --gpu, of torchrun's local rank, or the first; otherwise the CPU."""
     count = torch.cuda.device_count()
-    if not -1 <= cfg.gpu < count:
+    gpu = int(os.environ.get("LOCAL_RANK", 0)) if dist.is_initialized() and count and not cfg.cpu else cfg.gpu
+    if not -1 <= gpu < count:
         have = f"devices 0 to {count - 1}" if count else "no CUDA device; leave --gpu out to train on the CPU"
-        raise UserError(f"--gpu {cfg.gpu}: this machine has {have}")
-    return torch.device("cpu") if cfg.cpu or not count else torch.device("cuda", max(cfg.gpu, 0))
+        raise UserError(f"--gpu {gpu}: this machine has {have}")
+    return torch.device("cpu") if cfg.cpu or not count else torch.device("cuda", max(gpu, 0))
 
 
 def validate(net, volumes, inference):
@@ -247,145 +295,252 @@ def draw_curves(run):
     os.replace(run / ".curves.tmp.png", run / "curves.png")
 
 
-# ------------------------------------------------------------------------------------------------------------- loop
+# ----------------------------------------------------------------------------------------------- several processes
 
-COLUMNS = ("step", "seconds", "lr", "slices_per_s", "loss", "dice", "ce", "kd", "co", "teacher",
-           "val_student", "val_coteacher")
+def world():
+    """(rank, number of processes): of torchrun, or of this process alone."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def train(cfg, resume=None):
-    """One run. Returns its folder."""
+class _Sum(torch.autograd.Function):
+    """Sum over the processes; so is the gradient's."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    backward = forward
+
+
+class GlobalBatchNorm(nn.BatchNorm2d):
+    """Batch norm over the batch of all processes: what SyncBatchNorm does, which wants a GPU."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        f, n = x.float(), x.numel() / x.shape[1] * world()[1]
+        mean, square = _Sum.apply(torch.stack([f.sum((0, 2, 3)), f.square().sum((0, 2, 3))])) / n
+        var = square - mean.square()
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (var + self.eps).rsqrt()
+        return (f * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)
+
+
+def split(net, device):
+    """The network for one of several processes: batch norm and gradients over all of them."""
+    if device.type == "cuda":
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    else:
+        for module in net.modules():
+            if type(module) is nn.BatchNorm2d:
+                module.__class__ = GlobalBatchNorm
+    return DistributedDataParallel(net, broadcast_buffers=False)
+
+
+def gather(logits):
+    """This process' rows, rank::world of the batch -> the whole batch; a gradient flows into its own rows only."""
+    rank, size = world()
+    if size == 1:
+        return logits
+    logits = logits.float().contiguous()
+    parts = [torch.empty_like(logits) for _ in range(size)]
+    dist.all_gather(parts, logits.detach())
+    parts[rank] = logits
+    return torch.stack(parts, 1).flatten(0, 1)                                    # (B / W, W, C, H, W) -> (B, C, H, W)
+
+
+# ------------------------------------------------------------------------------------------------------------- step
+
+TERMS = ("loss", "dice", "ce", "kd", "co", "teacher")
+
+
+class ActNet:
+    """The networks, their optimiser, and one step of training."""
+
+    def __init__(self, cfg, device, slices):
+        self.cfg, self.device, self.slices = cfg, device, slices
+        bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and bf16_pays(device))
+        self.precision = "bf16" if bf16 else "fp32"
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+        torch.manual_seed(cfg.seed)
+        layout = dict(memory_format=torch.channels_last)
+        student = UNet(*(cfg.student if cfg.network == "student" else cfg.teacher)).to(device, **layout)
+        self.nets, trained = dict(student=student), dict(student=student)
+        if cfg.method in ("mt", "act"):
+            self.nets["coteacher"] = coteacher = deepcopy(student).eval().requires_grad_(False)
+            states = [list(net.state_dict().values()) for net in (coteacher, student)]
+            self.averaged, self.copied = ([[v for v in state if v.is_floating_point() == real] for state in states]
+                                          for real in (True, False))
+        if cfg.method in ("kd", "act") and cfg.teacher_ckpt:
+            self.nets["teacher"] = models.load_model(cfg.teacher_ckpt, device)[0].requires_grad_(False)
+        elif cfg.method in ("kd", "act"):
+            self.nets["teacher"] = trained["teacher"] = UNet(*cfg.teacher).to(device, **layout)
+        parameters = [p for net in trained.values() for p in net.parameters()]
+        if cfg.optimizer == "adamw":
+            self.optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=0.05, fused=True)
+        else:
+            self.optimizer = torch.optim.SGD(parameters, lr=cfg.lr, momentum=0.9, weight_decay=1e-4, fused=True)
+        self.forward = {name: torch.compile(net) if cfg.compile else net for name, net in self.nets.items()}
+        if world()[1] > 1:
+            self.forward |= {name: split(self.forward[name], device) for name in trained}
+
+    def step(self, step, x, y, rng, mark=lambda stage: None):
+        """One step on a batch of Slices -> TERMS (6,) float on the device. Waits for nothing; `mark` is told when a
+        stage's work has been issued."""
+        cfg, slices, n_labeled, n = self.cfg, self.slices, len(y), len(x)
+        student, coteacher, teacher = (self.forward.get(name) for name in ("student", "coteacher", "teacher"))
+        frozen = bool(cfg.teacher_ckpt)
+        for group in self.optimizer.param_groups:
+            group["lr"] = cfg.lr * (1 - step / cfg.iters) ** 0.9
+        ramp = math.exp(-5 * (1 - min(1, step / max(1, cfg.ramp * cfg.iters))) ** 2)
+
+        # One geometry for all three networks, an intensity of its own for each: the students of this game see hard
+        # pictures, those who answer see mild ones. Of several processes each takes every world-th row.
+        mask = slices.boxes(n_labeled, n, rng)
+        partner = torch.arange(n, device=self.device)
+        partner[n_labeled:] = partner[n_labeled:].roll(1)
+
+        def mix(a):
+            return torch.where(mask, a[partner], a)
+
+        mine = slice(world()[0], None, world()[1])
+        x_s = mix(slices.perturb(x, rng, 1.0))[mine]
+        x_c = slices.perturb(x, rng, 0.25)[mine] if coteacher else None
+        asked = x[0 if frozen else n_labeled:]                                # what the teacher only answers
+        x_t = slices.perturb(asked, rng, 0.25)[mine] if teacher and len(asked) else None
+        x_l = slices.perturb(x[:n_labeled], rng, 1.0)[mine] if teacher and not frozen else None
+        mark("data")
+
+        t = c = t_seg = None
+        with self.autocast:
+            s = gather(student(x_s))                                                    # (B, C, S, S) logits
+            mark("student")
+            with torch.no_grad():
+                if coteacher:
+                    c = mix(gather(coteacher(x_c)))
+                mark("coteacher")
+                if x_t is not None:
+                    self.nets["teacher"].eval()
+                    t = gather((teacher if frozen else self.nets["teacher"])(x_t))
+            if teacher and not frozen:
+                self.nets["teacher"].train()
+                t_seg = gather(teacher(x_l))
+                t = t_seg.detach() if t is None else torch.cat([t_seg.detach(), t])
+            t = mix(t) if teacher else None
+        mark("teacher")
+
+        form = dict(squared=cfg.dice == "squared", include_background=cfg.dice == "squared")         # of Dice
+        weights = 1.0, 1.0, ramp * cfg.lambda_kd, ramp * cfg.lambda_co
+        dice, ce, kd, co = student_loss(s, y, t, c if cfg.consistency == "mse" else None, tau=cfg.tau,
+                                        distill=cfg.distill, expected_grads=weights, **form)
+        if c is not None and cfg.consistency == "pseudo" and n > n_labeled:
+            sure, hard = c[n_labeled:].float().softmax(1).max(1)                                 # (B - L, H, W)
+            co = co + sum(dice_ce(s[n_labeled:], hard.masked_fill(sure < cfg.confidence, -100), **form))
+        loss = sum(w * term for w, term in zip(weights, (dice, ce, kd, co), strict=True))    # L_stu
+        teacher_seg = s.new_zeros(()) if t_seg is None else sum(dice_ce(t_seg, y, **form))   # the teacher's L_seg
+        mark("loss")
+
+        self.optimizer.zero_grad(set_to_none=True)
+        (world()[1] * (loss + teacher_seg)).backward()          # times W: each process holds its rows' share of a sum,
+        mark("backward")                                        # and DistributedDataParallel takes the mean
+        self.optimizer.step()
+        mark("optimizer")
+        if coteacher:                                  # a plain mean of the first steps, then the moving average
+            get_ema_multi_avg_fn(min(cfg.ema, step / (step + 1)))(*self.averaged, None)
+            torch._foreach_copy_(*self.copied)
+        mark("ema")
+        return torch.stack([v.detach().float() for v in (loss, dice, ce, kd, co, teacher_seg)])
+
+
+# ------------------------------------------------------------------------------------------------------------ train
+
+COLUMNS = ("step", "seconds", "lr", "slices_per_s", *TERMS, "val_student", "val_coteacher")
+
+
+def prepare(cfg):
+    """The checks of a run -> its device, slices and networks."""
     device = pick_device(cfg)
     if cfg.network == "teacher" and cfg.method in ("kd", "act"):
         raise UserError(f"--network teacher --method {cfg.method}: the teacher is trained alone, with sup or mt")
     if not 1 <= cfg.labeled_batch <= cfg.batch:
         raise UserError(f"--labeled-batch {cfg.labeled_batch}: must lie between 1 and --batch {cfg.batch}")
+    size = world()[1]
+    if cfg.batch % size or cfg.labeled_batch % size:
+        raise UserError(f"--batch {cfg.batch} --labeled-batch {cfg.labeled_batch}: {size} processes want multiples")
     for key in ("iters", "size", "val_every", "log_every", "tau"):
         if getattr(cfg, key) <= 0:
             raise UserError(f"--{key.replace('_', '-')} {getattr(cfg, key)}: must be positive")
-    use_teacher, use_coteacher = cfg.method in ("kd", "act"), cfg.method in ("mt", "act")
-    bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and bf16_pays(device))
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-
-    torch.manual_seed(cfg.seed)
     torch.backends.cudnn.benchmark = not cfg.deterministic
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # warn_only: max-pooling's backward is called non-deterministic, but our windows do not overlap.
         torch.use_deterministic_algorithms(True, warn_only=True)
     slices = Slices(cfg, device)
+    return device, slices, ActNet(cfg, device, slices)
+
+
+def train(cfg, resume=None):
+    """One run. Returns its folder."""
+    device, slices, act = prepare(cfg)
+    nets, rank = act.nets, world()[0]
     volumes = [data_prep.read_volume(cfg.data, name) for name in data_prep.read_list(cfg.data, "val")]
     if not volumes:
         raise UserError(f"{cfg.data}/val.list: empty; the best checkpoint is chosen on val")
     # A little more than was trained on: enough to hold every heart but the largest; far more costs a point of Dice.
     inference = dict(view=cfg.view, size=cfg.size * 9 // 8 if cfg.view == "heart" else cfg.size)
 
-    student = UNet(*(cfg.student if cfg.network == "student" else cfg.teacher)).to(device)
-    student = student.to(memory_format=torch.channels_last)
-    coteacher = deepcopy(student).eval().requires_grad_(False)
-    nets = dict(student=student, coteacher=coteacher) if use_coteacher else dict(student=student)
-    trained = [student]
-    if use_teacher and cfg.teacher_ckpt:
-        nets["teacher"] = teacher = models.load_model(cfg.teacher_ckpt, device)[0].requires_grad_(False)
-    elif use_teacher:
-        nets["teacher"] = teacher = UNet(*cfg.teacher).to(device, memory_format=torch.channels_last)
-        trained.append(teacher)
-    parameters = [p for net in trained for p in net.parameters()]
-    if cfg.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=0.05, fused=True)
-    else:
-        optimizer = torch.optim.SGD(parameters, lr=cfg.lr, momentum=0.9, weight_decay=1e-4, fused=True)
-    pairs = list(zip(coteacher.state_dict().values(), student.state_dict().values(), strict=True))
-    averaged = [list(side) for side in zip(*(p for p in pairs if p[0].is_floating_point()), strict=True)]
-    copied = [list(side) for side in zip(*(p for p in pairs if not p[0].is_floating_point()), strict=True)]
-    form = dict(squared=cfg.dice == "squared", include_background=cfg.dice == "squared")         # of Dice
-
     run, start, trained_s, best = Path(cfg.out), 0, 0.0, dict(step=-1, score=-1.0)
     if resume:
         for name, net in nets.items():
             net.load_state_dict(resume["networks"][name])
-        optimizer.load_state_dict(resume["optimizer"])
+        act.optimizer.load_state_dict(resume["optimizer"])
         start, trained_s, best = resume["step"], resume["seconds"], resume["best"]
         if start >= cfg.iters:
             raise UserError(f"--resume {run}: finished at step {start}; a larger --iters goes on")
-        keep_log_until(run / "log.csv", start)
-    else:
-        (run / "config.json").write_text(json.dumps(describe(cfg, device, slices, nets), indent=1) + "\n")
-        (run / "log.csv").write_text(",".join(COLUMNS) + "\n")
-    print(f"{run}: {cfg.method}, {len(slices.patients)} labelled patients ({slices.n_labeled} of {len(slices.names)} "
-          f"slices), {', '.join(f'{k} {count_parameters(n) / 1e6:.2f} M' for k, n in nets.items())}, {device}, "
-          f"{'bf16' if bf16 else 'fp32'}", flush=True)
+    if rank == 0:
+        if resume:
+            keep_log_until(run / "log.csv", start)
+        else:
+            (run / "config.json").write_text(json.dumps(describe(cfg, device, slices, nets), indent=1) + "\n")
+            (run / "log.csv").write_text(",".join(COLUMNS) + "\n")
+        sizes = ", ".join(f"{k} {count_parameters(n) / 1e6:.2f} M" for k, n in nets.items())
+        print(f"{run}: {cfg.method}, {len(slices.patients)} labelled patients ({slices.n_labeled} of "
+              f"{len(slices.names)} slices, cache {slices.cache}), {sizes}, {device}, {act.precision}", flush=True)
 
     def save(step):
         save_checkpoint(run / "last.pt", dict(
-            networks={k: n.state_dict() for k, n in nets.items()}, optimizer=optimizer.state_dict(), step=step,
-            seconds=trained_s, best=best, config=asdict(cfg), architecture=student.architecture, inference=inference,
-            better="student"), previous=run / "previous.pt")
+            networks={k: n.state_dict() for k, n in nets.items()}, optimizer=act.optimizer.state_dict(), step=step,
+            seconds=trained_s, best=best, config=asdict(cfg), architecture=nets["student"].architecture,
+            inference=inference, better="student"), previous=run / "previous.pt")
 
     history, val, began, marked = [], {}, time.perf_counter(), None
     with watched(cfg.iters, start) as (bar, stop):
-        for step in range(start, cfg.iters):
-            for group in optimizer.param_groups:
-                group["lr"] = cfg.lr * (1 - step / cfg.iters) ** 0.9
-            ramp = math.exp(-5 * (1 - min(1, step / max(1, cfg.ramp * cfg.iters))) ** 2)
+        for step, batch in enumerate(slices.batches(start, cfg.iters), start):
             if marked is None:
                 marked = (step, time.perf_counter())
-
-            # One geometry for all three networks, an intensity of its own for each: the students of this game see hard
-            # pictures, those who answer see mild ones.
-            x, y, rng = slices.batch(step)
-            n_labeled, n = len(y), len(x)
-            mask = slices.boxes(n_labeled, n, rng)
-            partner = torch.arange(n, device=device)
-            partner[n_labeled:] = partner[n_labeled:].roll(1)
-
-            def mix(a, mask=mask, partner=partner):
-                return torch.where(mask, a[partner], a)
-
-            t = c = t_seg = None
-            teacher_seg = x.new_zeros(())
-            with autocast:
-                s = student(mix(slices.perturb(x, rng, 1.0)))                                   # (B, C, S, S) logits
-                with torch.no_grad():
-                    if use_coteacher:
-                        c = mix(coteacher(slices.perturb(x, rng, 0.25)))
-                    if use_teacher and cfg.teacher_ckpt:
-                        t = mix(teacher(slices.perturb(x, rng, 0.25)))
-                    elif use_teacher and n > n_labeled:
-                        teacher.eval()
-                        t = teacher(slices.perturb(x[n_labeled:], rng, 0.25))
-                        teacher.train()
-                if use_teacher and not cfg.teacher_ckpt:
-                    t_seg = teacher(slices.perturb(x[:n_labeled], rng, 1.0))
-                    t = mix(torch.cat([t_seg.detach(), t])) if n > n_labeled else t_seg.detach()
-
-            weights = 1.0, 1.0, ramp * cfg.lambda_kd, ramp * cfg.lambda_co
-            dice, ce, kd, co = student_loss(s, y, t, c if cfg.consistency == "mse" else None, tau=cfg.tau,
-                                            distill=cfg.distill, expected_grads=weights, **form)
-            if c is not None and cfg.consistency == "pseudo" and n > n_labeled:
-                sure, hard = c[n_labeled:].float().softmax(1).max(1)                                 # (B - L, H, W)
-                co = co + sum(dice_ce(s[n_labeled:], hard.masked_fill(sure < cfg.confidence, -100), **form))
-            loss = sum(w * term for w, term in zip(weights, (dice, ce, kd, co), strict=True))    # L_stu
-            if t_seg is not None:
-                teacher_seg = sum(dice_ce(t_seg, y, **form))                                     # the teacher's L_seg
-
-            optimizer.zero_grad(set_to_none=True)
-            (loss + teacher_seg).backward()
-            optimizer.step()
-            if use_coteacher:                          # a plain mean of the first steps, then the moving average
-                get_ema_multi_avg_fn(min(cfg.ema, step / (step + 1)))(*averaged, None)
-                torch._foreach_copy_(*copied)
-            history.append(torch.stack([v.detach().float() for v in (loss, dice, ce, kd, co, teacher_seg)]))
+            history.append(act.step(step, *batch))
 
             done = step + 1
             bar.update()
             out_of_time = cfg.minutes and time.perf_counter() - began > 60 * cfg.minutes
-            last = done == cfg.iters or bool(stop) or out_of_time
-            if device.type == "cpu" and done == start + 8:
+            due = done % cfg.log_every == 0 or done % cfg.val_every == 0 or done == cfg.iters
+            if device.type == "cpu" and done == start + 8 and rank == 0:
                 hours = (time.perf_counter() - began) / 8 * (cfg.iters - start) / 3600
                 advice = "; --preset cpu is smaller" if hours > 1 else ""
                 bar.write(f"about {60 * hours:.0f} minutes on this CPU{advice}")
-            if done % cfg.log_every and done % cfg.val_every and not last:
+            if world()[1] > 1 and due:                                            # all stop, or none
+                votes = torch.tensor(float(bool(stop) or bool(out_of_time)), device=device)
+                dist.all_reduce(votes)
+                out_of_time = votes.item() > 0
+            elif world()[1] > 1:
+                continue
+            last = done == cfg.iters or bool(stop) or bool(out_of_time)
+            if not (due or last):
                 continue
 
             # Everything below waits for the device; nothing above does.
@@ -394,14 +549,19 @@ def train(cfg, resume=None):
             if len(bad):
                 at = done - len(terms) + int(bad[0])
                 names = [slices.names[i] for i in slices.indices(at)[0]]
-                values = ", ".join(f"{k} {v:.3g}" for k, v in zip(COLUMNS[4:10], terms[bad[0]], strict=True))
+                values = ", ".join(f"{k} {v:.3g}" for k, v in zip(TERMS, terms[bad[0]], strict=True))
                 raise UserError(f"step {at}: {values}; slices {' '.join(names)}; the checkpoint before it is in {run}; "
                                 "a lower --lr or --precision fp32 may help")
             seconds, history = time.perf_counter() - marked[1], []
             trained_s += seconds
-            row = dict(zip(COLUMNS[4:10], terms.mean(0).round(6), strict=True), step=done, seconds=round(trained_s, 1),
-                       lr=round(optimizer.param_groups[0]["lr"], 8),
-                       slices_per_s=round((done - marked[0]) * n / seconds, 1))
+            row = dict(zip(TERMS, terms.mean(0).round(6), strict=True), step=done, seconds=round(trained_s, 1),
+                       lr=round(act.optimizer.param_groups[0]["lr"], 8),
+                       slices_per_s=round((done - marked[0]) * cfg.batch / seconds, 1))
+            marked = None
+            if rank > 0:
+                if last:
+                    break
+                continue
             if done % cfg.val_every == 0 or done == cfg.iters:
                 for name in [k for k in nets if k != "teacher"]:
                     val[name] = validate(nets[name], volumes, inference)
@@ -411,7 +571,7 @@ def train(cfg, resume=None):
                     best = dict(step=done, score=float(val[better].mean()), better=better,
                                 val={k: v.tolist() for k, v in val.items()})
                     save_checkpoint(run / "best.pt", dict(
-                        networks={k: nets[k].state_dict() for k in val}, architecture=student.architecture,
+                        networks={k: nets[k].state_dict() for k in val}, architecture=nets["student"].architecture,
                         inference=inference, better=better, step=done, val=best["val"], config=asdict(cfg)))
             with open(run / "log.csv", "a", newline="") as f:
                 csv.DictWriter(f, COLUMNS).writerow(row)
@@ -420,9 +580,10 @@ def train(cfg, resume=None):
                 draw_curves(run)
             val_text = f"best val {best['score']:.4f}, " if best["step"] > 0 else ""
             bar.set_postfix_str(f"loss {row['loss']:.3f}, {val_text}{row['slices_per_s']:.0f} slices/s")
-            marked = None
             if last:
                 break
+    if rank > 0:
+        return run
     if done < cfg.iters:
         print(f"stopped at step {done} ({stop[0] if stop else '--minutes'}); "
               f"go on with: python train_actnet.py --resume {run}")
@@ -439,6 +600,99 @@ def train(cfg, resume=None):
           f"next: python evaluate.py {run / 'best.pt'} --data {cfg.data}")
     return run
 
+
+# ------------------------------------------------------------------------------------------------------------ bench
+
+def matrix_rate(device):
+    """FLOP/s of a large bf16 (or fp32, where that is faster) matrix product: the floor of a step's time."""
+    rates = []
+    for dtype in (torch.bfloat16, torch.float32):
+        n = 8192 if device.type == "cuda" else 2048
+        a, b = torch.randn(2, n, n, device=device).to(dtype)
+        clock = Clock(device)
+        for _ in range(8):
+            a @ b
+            clock("product")
+        rates.append(2 * n**3 / np.median(clock.seconds()["product"][2:]))
+    return max(rates)
+
+
+class Clock:
+    """Seconds between marks by stage; CUDA events on a GPU, so that marking waits for nothing."""
+
+    def __init__(self, device):
+        self.cuda, self.marks = device.type == "cuda", []
+        self("")
+
+    def __call__(self, stage):
+        now = torch.cuda.Event(enable_timing=True) if self.cuda else time.perf_counter()
+        if self.cuda:
+            now.record()
+        self.marks.append((stage, now))
+
+    def seconds(self):
+        if self.cuda:
+            torch.cuda.synchronize()
+        spans = {}
+        for (_, a), (stage, b) in zip(self.marks, self.marks[1:], strict=False):
+            spans.setdefault(stage, []).append(a.elapsed_time(b) / 1000 if self.cuda else b - a)
+        return {stage: np.array(s) for stage, s in spans.items()}
+
+
+def flop(act):
+    """Arithmetic of a step, convolutions only: forward 1, forward and backward 3; two per multiply-accumulate."""
+    cfg, n = act.cfg, act.cfg.batch
+    semi = cfg.method != "sup" and act.slices.n_labeled < len(act.slices.names)
+    passes = dict(student=3 * n, coteacher=n, teacher=n)
+    if semi and not cfg.teacher_ckpt:
+        passes["teacher"] += 2 * cfg.labeled_batch
+    return sum(2 * models.count_macs(net, cfg.size) * passes[name] for name, net in act.nets.items())
+
+
+def bench(cfg, steps, table):
+    """Time `steps` steps after a warm-up, print the shares and append a row to `table`."""
+    device, slices, act = prepare(cfg)
+    warm = 10 if device.type == "cuda" else 3
+    batches = slices.batches(0, warm + steps)
+    for step in range(warm):
+        act.step(step, *next(batches))
+    rate = matrix_rate(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    clock = Clock(device)
+    for step, batch in enumerate(batches, warm):
+        clock("data")
+        act.step(step, *batch, clock)
+    spans = clock.seconds()
+    spans["data"] = spans["data"].reshape(steps, 2).sum(1)                                # drawn, then perturbed
+    total = sum(spans.values())
+    p20, p50, p80 = 1000 * np.quantile(total, (0.2, 0.5, 0.8))
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 2**20
+    else:
+        import resource
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    about = describe(cfg, device, slices, act.nets)
+    row = dict(
+        date=time.strftime("%Y-%m-%d"), commit=about["commit"], device=about["device"], processes=world()[1],
+        torch=torch.__version__, precision=act.precision, compile=cfg.compile, cache=slices.cache, view=cfg.view,
+        method=cfg.method, teacher="{} {}".format(*cfg.teacher) if "teacher" in act.nets else "",
+        student="{} {}".format(*act.nets["student"].architecture.values()), size=cfg.size, batch=cfg.batch, steps=steps,
+        ms_p20=p20, ms_p50=p50, ms_p80=p80, slices_per_s=1000 * cfg.batch / p50,
+        **{f"{stage}_percent": 100 * s.sum() / total.sum() for stage, s in spans.items()},
+        gflop=flop(act) / 1e9, matrix_tflops=rate / 1e12, floor_percent=1e5 * flop(act) / rate / p50, peak_mb=peak)
+    row = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
+    if world()[0] == 0:
+        table.parent.mkdir(exist_ok=True)
+        with open(table, "a", newline="") as f:
+            writer = csv.DictWriter(f, row)
+            if f.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
+        print("\n".join(f"{k:18} {v}" for k, v in row.items()))
+
+
+# ---------------------------------------------------------------------------------------------------------- run folder
 
 @contextmanager
 def watched(total, start):
@@ -503,10 +757,13 @@ def parse(argv):
                         help="paper: the published protocol; cpu: an hour on two cores")
     parser.add_argument("--demo", action="store_true", help="train and evaluate on synthetic hearts")
     parser.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
+    parser.add_argument("--bench", nargs="?", type=int, const=50, metavar="STEPS",
+                        help="time steps, append to results/step.csv [50]")
     for f in fields(Config):
         if f.metadata["group"]:
             group = parser.add_argument_group(f.metadata["group"])
-        kind = dict(action="store_true") if isinstance(f.default, bool) else \
+        kind = dict(action=argparse.BooleanOptionalAction) if f.name == "compile" else \
+            dict(action="store_true") if isinstance(f.default, bool) else \
             dict(type=int, nargs=2, metavar=("DEPTH", "BASE")) if isinstance(f.default, tuple) else \
             dict(type=type(f.default), choices=f.metadata["choices"])
         if kind.get("type") in (int, float) and "nargs" not in kind:
@@ -543,21 +800,35 @@ def resolve(given):
 
 def main(argv=None):
     given = parse(argv)
-    demo = given.get("demo")
+    demo, steps = given.get("demo"), given.pop("bench", None)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:                                             # started by torchrun
+        dist.init_process_group(timeout=timedelta(hours=1))                                  # a validation's patience
+    rank = world()[0]
     try:
         cfg, resume = resolve(given)
-        if demo and not (Path(cfg.data) / "manifest.json").exists():
+        if demo and rank == 0 and not (Path(cfg.data) / "manifest.json").exists():
             data_prep.main(["--phantom", cfg.data])
-        with run_folder(Path(cfg.out)):
+        if dist.is_initialized():
+            shared = [cfg.out]
+            dist.broadcast_object_list(shared)
+            cfg = replace(cfg, out=shared[0])
+        if steps is not None:
+            bench(cfg, steps, Path(__file__).parent / "results" / "step.csv")
+            return 0
+        with run_folder(Path(cfg.out)) if rank == 0 else nullcontext():
             run = train(cfg, resume)
-        if demo:
+        if demo and rank == 0:
             evaluate.main([str(run / "best.pt"), "--data", cfg.data, "--out", str(run / "test")])
     except (UserError, data_prep.DataError, models.CheckpointError, OSError) as error:
-        print(f"train_actnet.py: {error}", file=sys.stderr)
+        if rank == 0:
+            print(f"train_actnet.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("train_actnet.py: interrupted, not saved; --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 

@@ -3,6 +3,7 @@ import ast
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import torch
 
 import train_actnet
 from models import load_checkpoint, load_model
-from train_actnet import PRESETS, Config, Slices, main
+from train_actnet import COLUMNS, PRESETS, Config, Slices, choose_cache, main
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--cpu", "--student", "2", "4", "--teacher", "2", "8", "--size", "32", "--batch", "4", "--labeled-batch", "2",
@@ -206,6 +207,76 @@ def test_learns(data, tmp_path):
                "--student", 3, 8)
     assert rows[-1]["val_student"] > 0.8
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
+
+
+TERMS = [c for c in COLUMNS if c not in ("seconds", "slices_per_s")]
+
+
+def test_the_same_run_from_device_memory_and_disk(data, tmp_path):
+    """Wherever the slices wait: the same 20 losses, to the bit that the log shows."""
+    logs = [run(data, tmp_path / cache, "--cache", cache, "--iters", 20, "--val-every", 20)
+            for cache in ("device", "ram", "disk")]
+    logs = [[{k: row[k] for k in TERMS if k in row} for row in log] for log in logs]
+    assert len(logs[0]) == 20
+    assert logs[0] == logs[1] == logs[2]
+
+
+def test_what_fits_decides_where_the_slices_wait():
+    cpu = torch.device("cpu")
+    assert choose_cache("auto", cpu, 2**20) == "device"
+    assert choose_cache("auto", cpu, 2**50) == "disk"
+    assert choose_cache("ram", cpu, 2**50) == "ram"
+
+
+def test_damaged_slice_read_ahead_is_one_line(data, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    (copy / "data/slices/patient099_frame01_slice_2.h5").write_bytes(b"")
+    assert main(["--data", str(copy), "--out", str(tmp_path / "run"), *SMALL, "--cache", "disk", "--iters", "6"]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert "patient099_frame01_slice_2.h5" in error[-1]
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("method", [["act"], ["act", "--consistency", "mse", "--distill", "mse"], ["sup"]])
+def test_two_processes_equal_one(data, tmp_path, method):
+    """torchrun: the same batch over two processes; Dice and batch norm over all of it; the same losses."""
+    more = ["--iters", "20", "--val-every", "10", "--ramp", "0", "--confidence", "0", "--method", *method]
+    alone = run(data, tmp_path / "alone", *more)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                    str(ROOT / "train_actnet.py"), "--data", str(data), "--out", str(tmp_path / "two"), *SMALL, *more],
+                   check=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    with open(tmp_path / "two" / "log.csv") as f:
+        two = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
+    assert len(two) == 20
+    for a, b in zip(alone, two, strict=True):
+        for term in train_actnet.TERMS:
+            assert a[term] == pytest.approx(b[term], abs=1e-5), (a["step"], term)
+    assert alone[-1]["val_student"] == pytest.approx(two[-1]["val_student"], abs=1e-3)
+    assert (tmp_path / "two" / "summary.json").exists()
+
+
+def test_bench_times_every_stage(data, tmp_path):
+    cfg = config(data, student=(2, 4), teacher=(2, 8), cpu=True, precision="fp32")
+    train_actnet.bench(cfg, 4, tmp_path / "results" / "step.csv")
+    train_actnet.bench(config(data, student=(2, 4), method="sup", cpu=True), 4, tmp_path / "results" / "step.csv")
+    with open(tmp_path / "results" / "step.csv") as f:
+        act, sup = csv.DictReader(f)
+    stages = ("data", "student", "coteacher", "teacher", "loss", "backward", "optimizer", "ema")
+    assert sum(float(act[f"{s}_percent"]) for s in stages) == pytest.approx(100, abs=0.5)
+    assert all(float(act[f"{s}_percent"]) > 0.1 for s in stages)
+    assert float(sup["teacher_percent"]) + float(sup["coteacher_percent"]) < 1
+    assert float(act["ms_p20"]) <= float(act["ms_p50"]) <= float(act["ms_p80"])
+    assert float(act["slices_per_s"]) == pytest.approx(4000 / float(act["ms_p50"]), rel=1e-3)
+    assert float(act["gflop"]) > 2 * float(sup["gflop"]) > 0
+
+
+def test_arithmetic_of_a_step(data):
+    """Multiply-accumulates by hand: UNet[1, 4] on 32 x 32 is 9 (1 * 4 + 4 * 4) + 4 * 4 a pixel."""
+    macs = (9 * (1 * 4 + 4 * 4) + 4 * 4) * 32 * 32
+    cfg = config(data, student=(1, 4), teacher=(1, 4), cpu=True)
+    act = train_actnet.prepare(cfg)[2]                        # 4 slices, 2 of them with labels
+    assert train_actnet.flop(act) == 2 * macs * (3 * 4 + 4 + (3 * 2 + 2))
 
 
 def start(data, out, *more):
