@@ -18,6 +18,7 @@ import torch
 
 import train_actnet
 from models import load_checkpoint, load_model
+from tests import loop_bench
 from train_actnet import COLUMNS, PRESETS, Config, Slices, choose_cache, main
 
 ROOT = Path(__file__).parent.parent
@@ -238,7 +239,8 @@ def test_damaged_slice_read_ahead_is_one_line(data, tmp_path, capsys):
     assert "Traceback" not in error
 
 
-@pytest.mark.parametrize("method", [["act"], ["act", "--consistency", "mse", "--distill", "mse"], ["sup"]])
+@pytest.mark.parametrize("method", [["act"], ["act", "--consistency", "mse", "--distill", "mse", "--optimizer", "sgd"],
+                                    ["sup"]])
 def test_two_processes_equal_one(data, tmp_path, method):
     """torchrun: the same batch over two processes; Dice and batch norm over all of it; the same losses."""
     more = ["--iters", "20", "--val-every", "10", "--ramp", "0", "--confidence", "0", "--method", *method]
@@ -277,6 +279,12 @@ def test_arithmetic_of_a_step(data):
     cfg = config(data, student=(1, 4), teacher=(1, 4), cpu=True)
     act = train_actnet.prepare(cfg)[2]                        # 4 slices, 2 of them with labels
     assert train_actnet.flop(act) == 2 * macs * (3 * 4 + 4 + (3 * 2 + 2))
+
+
+def test_loop_beside_the_fields_runs(data, monkeypatch):
+    monkeypatch.setattr(loop_bench, "ROUNDS", 1)
+    monkeypatch.setattr(loop_bench, "STEPS", 1)
+    assert loop_bench.main(["--data", str(data), *SMALL]) > 0
 
 
 def start(data, out, *more):
