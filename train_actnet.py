@@ -394,7 +394,7 @@ class ActNet:
         stage's work has been issued."""
         cfg, slices, n_labeled, n = self.cfg, self.slices, len(y), len(x)
         student, coteacher, teacher = (self.forward.get(name) for name in ("student", "coteacher", "teacher"))
-        frozen = bool(cfg.teacher_ckpt)
+        use_teacher, use_coteacher, frozen = teacher is not None, coteacher is not None, bool(cfg.teacher_ckpt)
         for group in self.optimizer.param_groups:
             group["lr"] = cfg.lr * (1 - step / cfg.iters) ** 0.9
         ramp = math.exp(-5 * (1 - min(1, step / max(1, cfg.ramp * cfg.iters))) ** 2)
@@ -410,10 +410,10 @@ class ActNet:
 
         mine = slice(world()[0], None, world()[1])
         x_s = mix(slices.perturb(x, rng, 1.0))[mine]
-        x_c = slices.perturb(x, rng, 0.25)[mine] if coteacher else None
+        x_c = slices.perturb(x, rng, 0.25)[mine] if use_coteacher else None
         asked = x[0 if frozen else n_labeled:]                                # what the teacher only answers
-        x_t = slices.perturb(asked, rng, 0.25)[mine] if teacher and len(asked) else None
-        x_l = slices.perturb(x[:n_labeled], rng, 1.0)[mine] if teacher and not frozen else None
+        x_t = slices.perturb(asked, rng, 0.25)[mine] if use_teacher and len(asked) else None
+        x_l = slices.perturb(x[:n_labeled], rng, 1.0)[mine] if use_teacher and not frozen else None
         mark("data")
 
         t = c = t_seg = None
@@ -421,17 +421,17 @@ class ActNet:
             s = gather(student(x_s))                                                    # (B, C, S, S) logits
             mark("student")
             with torch.no_grad():
-                if coteacher:
+                if use_coteacher:
                     c = mix(gather(coteacher(x_c)))
                 mark("coteacher")
                 if x_t is not None:
                     self.nets["teacher"].eval()
                     t = gather((teacher if frozen else self.nets["teacher"])(x_t))
-            if teacher and not frozen:
+            if use_teacher and not frozen:
                 self.nets["teacher"].train()
                 t_seg = gather(teacher(x_l))
                 t = t_seg.detach() if t is None else torch.cat([t_seg.detach(), t])
-            t = mix(t) if teacher else None
+            t = mix(t) if use_teacher else None
         mark("teacher")
 
         form = dict(squared=cfg.dice == "squared", include_background=cfg.dice == "squared")         # of Dice
@@ -450,7 +450,7 @@ class ActNet:
         mark("backward")                                        # and DistributedDataParallel takes the mean
         self.optimizer.step()
         mark("optimizer")
-        if coteacher:                                  # a plain mean of the first steps, then the moving average
+        if use_coteacher:                              # a plain mean of the first steps, then the moving average
             get_ema_multi_avg_fn(min(cfg.ema, step / (step + 1)))(*self.averaged, None)
             torch._foreach_copy_(*self.copied)
         mark("ema")

@@ -1,6 +1,7 @@
 """train_actnet.py: what it draws, what it computes, what it leaves behind when killed, misused or out of numbers."""
 import ast
 import csv
+import functools
 import json
 import os
 import shutil
@@ -281,6 +282,14 @@ def test_arithmetic_of_a_step(data):
     assert train_actnet.flop(act) == 2 * macs * (3 * 4 + 4 + (3 * 2 + 2))
 
 
+def test_compiled_networks_train_alike(data, tmp_path, monkeypatch):
+    """Through torch.compile's wrapper; inductor itself takes a minute and is torch's to test."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    logs = [run(data, tmp_path / option, option) for option in ("--compile", "--no-compile")]
+    assert [row["loss"] for row in logs[0]] == [row["loss"] for row in logs[1]]
+    assert logs[0][-1]["val_student"] == logs[1][-1]["val_student"]
+
+
 def test_loop_beside_the_fields_runs(data, monkeypatch):
     monkeypatch.setattr(loop_bench, "ROUNDS", 1)
     monkeypatch.setattr(loop_bench, "STEPS", 1)
@@ -454,17 +463,12 @@ def test_demo_from_nothing_to_a_table(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_step_never_waits(data):
-    """Drawing, augmentation and mixing enqueue work without a host sync."""
-    slices = Slices(config(data), torch.device("cuda"))
-    slices.batch(0)
+    _, slices, act = train_actnet.prepare(config(data, student=(2, 4), teacher=(2, 8)))
+    act.step(0, *slices.batch(0))
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for step in range(10):
-            x, y, rng = slices.batch(step)
-            slices.perturb(x, rng, 1.0)
-            slices.boxes(len(y), len(x), rng)
+        terms = [act.step(step, *slices.batch(step)) for step in range(1, 11)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
+    assert torch.isfinite(torch.stack(terms)).all()
