@@ -62,6 +62,7 @@ def option(default, text, choices=None, group=None):
 class Config:
     data: str = option("data/ACDC", "prepared folder", group="run")
     out: str = option("", "run folder [runs/METHOD-LABELED-seedSEED]")
+    table: str = option("", "CSV to which the finished run appends its val scores")
     labeled: int = option(7, "annotated patients, first of the train order; the rest without labels")
     gpu: int = option(-1, "CUDA device [the first, if any]")
     cpu: bool = option(False, "train on the CPU")
@@ -85,6 +86,7 @@ class Config:
     teacher: tuple = option((6, 64), "depth and base width")
     student: tuple = option((4, 16), "depth and base width")
     teacher_ckpt: str = option("", "best.pt of a teacher: frozen instead of trained along")
+    init: str = option("", "best.pt that the student starts from")
     ema: float = option(0.99, "decay of the co-teacher")
     optimizer: str = option("adamw", "weight decay 0.05; or momentum 0.9, weight decay 1e-4", ("adamw", "sgd"))
     lr: float = option(3e-3, "first learning rate; falls as (1 - step / iters) ** 0.9")
@@ -105,7 +107,7 @@ PRESETS = {
     "demo": dict(data="data/phantom", labeled=3, size=96, batch=8, labeled_batch=4, iters=300, teacher=(4, 16),
                  student=(4, 8), lr=0.01, ema=0.95, val_every=100, log_every=10),
 }
-MAY_CHANGE = {"iters", "minutes", "gpu", "cpu", "out", "data"}          # on --resume
+MAY_CHANGE = {"iters", "minutes", "gpu", "cpu", "out", "data", "table"}          # on --resume
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -272,6 +274,15 @@ def describe(cfg, device, slices, nets):
                 parameters={k: count_parameters(n) for k, n in nets.items()})
 
 
+def append_row(path, row):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", newline="") as f:
+        writer = csv.DictWriter(f, row)
+        if f.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)
+
+
 def draw_curves(run):
     import matplotlib
     matplotlib.use("Agg")
@@ -370,6 +381,11 @@ class ActNet:
         torch.manual_seed(cfg.seed)
         layout = dict(memory_format=torch.channels_last)
         student = UNet(*(cfg.student if cfg.network == "student" else cfg.teacher)).to(device, **layout)
+        if cfg.init:
+            weights = models.load_model(cfg.init, device)[0]
+            if weights.architecture != student.architecture:
+                raise UserError(f"--init {cfg.init}: holds {weights.architecture}, not {student.architecture}")
+            student.load_state_dict(weights.state_dict())
         self.nets, trained = dict(student=student), dict(student=student)
         if cfg.method in ("mt", "act"):
             self.nets["coteacher"] = coteacher = deepcopy(student).eval().requires_grad_(False)
@@ -588,17 +604,37 @@ def train(cfg, resume=None):
         print(f"stopped at step {done} ({stop[0] if stop else '--minutes'}); "
               f"go on with: python train_actnet.py --resume {run}")
         return run
-    if "teacher" in nets:
-        val["teacher"] = validate(nets["teacher"], volumes, inference)
-    summary = dict(last={k: v.tolist() for k, v in val.items()}, best=best, seconds=round(trained_s, 1))
-    (run / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print(f"{'val Dice':12}     RV     MYO      LV    mean")
-    for when, scores in (("last", summary["last"]), (f"step {best['step']}", best["val"])):
-        for name, v in scores.items():
-            print(f"{name:12} {v[0]:.4f}  {v[1]:.4f}  {v[2]:.4f}  {np.mean(v):.4f}  {when}")
-    print(f"kept: the {best['better']} of step {best['step']} in {run / 'best.pt'}; "
-          f"next: python evaluate.py {run / 'best.pt'} --data {cfg.data}")
+    finish(cfg, act, describe(cfg, device, slices, nets), volumes, inference, best, round(trained_s, 1))
     return run
+
+
+def finish(cfg, act, about, volumes, inference, best, seconds):
+    """student.pt, the val scores of the last networks and the best on the screen, in summary.json and in --table."""
+    run = Path(cfg.out)
+    kept = load_checkpoint(run / "best.pt")                          # what to give away: one network, in fp16
+    half = {k: v.half() if v.is_floating_point() else v for k, v in kept["networks"][kept["better"]].items()}
+    save_checkpoint(run / "student.pt", {**kept, "networks": {kept["better"]: half}})
+    networks = {("last", cfg.iters, name): net for name, net in act.nets.items()}
+    for name in best["val"]:
+        networks["best", best["step"], name] = models.load_model(run / "best.pt", act.device, name)[0]
+    summary = dict(last={}, best=best, seconds=seconds)
+    print(f"{'on val, Dice':23}     RV     MYO      LV    mean   HD95 in voxels, mean")
+    for (when, step, name), net in networks.items():
+        cases = [evaluate.case_metrics(segment_volume(net, v.image, **inference), v.label) for v in volumes]
+        dice, hd95 = (evaluate.aggregate(cases)[metric] for metric in ("dice", "hd95_voxel"))
+        dice, hd95 = ({c: round(x["mean"], 4) for c, x in metric.items()} for metric in (dice, hd95))
+        print(f"{name:9} {when:4} {step:7} ", *(f"{x:7.4f}" for x in dice.values()), f"  {hd95['mean']:.2f}")
+        if when == "last":
+            summary["last"][name] = list(dice.values())[:-1]
+        if cfg.table:
+            append_row(Path(cfg.table), dict(
+                date=time.strftime("%Y-%m-%d"), commit=about["commit"], device=about["device"], seconds=seconds,
+                seed=cfg.seed, labeled=cfg.labeled, method=cfg.method, network=name, parameters=count_parameters(net),
+                when=when, step=step, **{f"dice_{c}": x for c, x in dice.items()},
+                **{f"hd95_{c}": x for c, x in hd95.items()}, command=about["command"]))
+    (run / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    print(f"kept: the {best['better']} of step {best['step']} in {run / 'best.pt'}, alone and in fp16 in student.pt; "
+          f"next: python evaluate.py {run / 'best.pt'} --data {cfg.data}")
 
 
 # ------------------------------------------------------------------------------------------------------------ bench
@@ -683,12 +719,7 @@ def bench(cfg, steps, table):
         gflop=flop(act) / 1e9, matrix_tflops=rate / 1e12, floor_percent=1e5 * flop(act) / rate / p50, peak_mb=peak)
     row = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
     if world()[0] == 0:
-        table.parent.mkdir(exist_ok=True)
-        with open(table, "a", newline="") as f:
-            writer = csv.DictWriter(f, row)
-            if f.tell() == 0:
-                writer.writeheader()
-            writer.writerow(row)
+        append_row(table, row)
         print("\n".join(f"{k:18} {v}" for k, v in row.items()))
 
 

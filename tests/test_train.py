@@ -165,7 +165,8 @@ def test_terms_of_each_method(data, tmp_path, method, more, present):
     net, checkpoint = load_model(tmp_path / "run" / "best.pt")
     assert net.architecture["base"] == (8 if "--network" in more else 4)
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        "config.json", "log.csv", "curves.png", "best.pt", "last.pt", "previous.pt", "summary.json"}
+        "config.json", "log.csv", "curves.png", "best.pt", "last.pt", "previous.pt", "student.pt",
+        "summary.json"}
     written = json.loads((tmp_path / "run" / "config.json").read_text())
     assert written["labeled_patients"][:2] == ["patient099", "patient038"]
     assert checkpoint["config"]["method"] == written["config"]["method"] == method
@@ -202,6 +203,38 @@ def test_frozen_teacher_stays_and_teaches(data, tmp_path):
     before, after = load_checkpoint(ckpt), load_checkpoint(tmp_path / "run" / "last.pt")
     for name, tensor in before["networks"]["student"].items():
         assert torch.equal(tensor, after["networks"]["teacher"][name]), name
+
+
+def test_start_from_a_checkpoint(data, tmp_path, capsys):
+    run(data, tmp_path / "first", "--method", "kd", "--network", "student")
+    best = tmp_path / "first" / "best.pt"
+    run(data, tmp_path / "then", "--method", "mt", "--init", best, "--lr", 1e-12, "--iters", 1, "--precision", "fp32")
+    before, after = (load_model(tmp_path / name / "best.pt", which="student")[0] for name in ("first", "then"))
+    torch.testing.assert_close(after.head.weight, before.head.weight)
+    other = ["--init", str(best), "--student", "2", "8"]
+    assert main(["--data", str(data), "--out", str(tmp_path / "no"), *SMALL, *other]) == 2
+    assert "--init" in capsys.readouterr().err
+
+
+def test_finished_run_gives_its_scores_and_a_small_student(data, tmp_path):
+    table = tmp_path / "table.csv"
+    for seed in (0, 1):
+        run(data, tmp_path / f"run{seed}", "--seed", seed, "--table", table)
+    with open(table) as f:
+        rows = list(csv.DictReader(f))
+    kinds = [(net, "last") for net in ("student", "coteacher", "teacher")]
+    kinds += [(net, "best") for net in ("student", "coteacher")]
+    assert [(r["network"], r["when"], r["seed"]) for r in rows] == [(*k, s) for s in "01" for k in kinds]
+    summary = json.loads((tmp_path / "run1" / "summary.json").read_text())
+    last = [float(rows[5][f"dice_{c}"]) for c in ("RV", "MYO", "LV")]
+    np.testing.assert_allclose(last, summary["last"]["student"], atol=1e-4)
+    assert np.mean(last) == pytest.approx(float(rows[5]["dice_mean"]), abs=1e-4)
+    assert float(rows[5]["hd95_mean"]) > 0
+    best, small = (load_model(tmp_path / "run1" / f"{name}.pt") for name in ("best", "student"))
+    assert small[1]["better"] == best[1]["better"]
+    for a, b in zip(best[0].state_dict().values(), small[0].state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+    assert (tmp_path / "run1" / "student.pt").stat().st_size < 0.5 * (tmp_path / "run1" / "best.pt").stat().st_size
 
 
 def test_learns(data, tmp_path):
