@@ -1,7 +1,9 @@
-"""Score a checkpoint on a prepared split: the one place with metrics.
+"""Score a checkpoint on a prepared split, the one place with metrics; segment NIfTI files with it; export it.
 
     python evaluate.py runs/act-7-seed0/best.pt                                  # the test split of the run's data
     python evaluate.py runs/act-7-seed0/best.pt --data data/ACDC --split val --which student --out scores
+    python evaluate.py runs/act-7-seed0/best.pt --predict scan.nii.gz folder/ --out predictions
+    python evaluate.py runs/act-7-seed0/best.pt --onnx student.onnx
 
 Per volume on its native grid, for RV, MYO and LV (p predicted, y annotated, S their surfaces, d Euclidean):
     Dice = 2 |p & y| / (|p| + |y|)          Jaccard = |p & y| / |p | y|
@@ -15,24 +17,42 @@ three; deviations are over volumes, with n - 1.
 Clinical indices per patient (Bernard et al., IEEE TMI 37(11), 2018): volumes at end-diastole (EDV) and end-systole
 (ESV) in ml, ejection fraction EF = 100 (EDV - ESV) / EDV in %, mass of the myocardium at ED in g, at 1.05 g/ml.
 
+Uncertainty, 0 sure to 1: entropy = -sum p log p / log C per voxel, and its mean over what is predicted as a class;
+disagreement = 1 - Dice between the student's and the co-teacher's label maps.
+
 OUT, by default <checkpoint's folder>/<split>, receives
     metrics.csv     one row per volume and class: pandas.read_csv(f).groupby("class").mean(numeric_only=True)
-    clinical.csv    one row per patient and index; absent where the data hold no spacing
+    clinical.csv    one row per patient and index; clinical.png: correlation and Bland-Altman plots; both absent where
+                    the data hold no spacing
     overlay_*.png   the best, median and worst patient by mean Dice: end-diastole and end-systole, three levels
+    report.html     tables and pictures in one file
     summary.json    everything that is printed
 A volume without annotation is predicted (its ml are in metrics.csv) and not scored; a line says how many there are.
+
+--predict writes per input NAME.nii or NAME.nii.gz, 3D or 4D, whole or not at all
+    NAME_seg.nii.gz    uint8: 0 background, 1 RV, 2 MYO, 3 LV; the source's header, shape and orientation
+    NAME_overlay.png   NAME_volumes.csv (a row per frame)   NAME_entropy.nii.gz (--entropy)
+    NAME_volumes.png   4D: ventricular volume over time; ED and ES are the frames with most and least LV
+and predictions.csv, a row per input. Slices are the third axis, oriented as in ACDC.
 """
 import argparse
+import base64
 import csv
+import html
+import importlib.util
 import json
 import math
 import os
+import re
+import signal
 import sys
 import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
+import nibabel as nib
 import numpy as np
 import torch
 from scipy import ndimage
@@ -40,7 +60,18 @@ from tqdm import tqdm
 
 import data_prep
 from data_prep import CLASSES, PHASES, DataError
-from models import CheckpointError, count_macs, count_parameters, load_model, segment_volume
+from models import (
+    CheckpointError,
+    DeviceError,
+    count_macs,
+    count_parameters,
+    export_onnx,
+    find_heart,
+    largest_component,
+    load_model,
+    pick_device,
+    segment_volume,
+)
 
 SPLITS = ("val", "test", "official")
 METRICS = {"dice": "Dice", "jaccard": "Jaccard", "hd95_voxel": "HD95 voxels", "asd_voxel": "ASD voxels",
@@ -49,7 +80,11 @@ INDICES = {"lv_edv": "ml", "lv_esv": "ml", "lv_ef": "%", "rv_edv": "ml", "rv_esv
 DENSITY = 1.05                                                     # of myocardium, g/ml
 COLORS = {"RV": "#35c9ff", "MYO": "#ffd23f", "LV": "#ff4d6d"}
 PICTURES = ("best", "worst", "median")                             # in the order of their claim on a patient
-RESULTS = ("metrics.csv", "clinical.csv", *(f"overlay_{k}.png" for k in PICTURES), "summary.json")
+RESULTS = ("metrics.csv", "clinical.csv", "clinical.png", *(f"overlay_{k}.png" for k in PICTURES), "report.html",
+           "summary.json")
+PREDICTED = ("overlay.png", "entropy.nii.gz", "volumes.csv", "volumes.png", "seg.nii.gz")          # after NAME_
+SKIPPED = re.compile(r"^\.|_(gt|seg|entropy)\.nii(\.gz)?$")         # in folders: annotations, predictions, hidden files
+FIELD = (50, 1000)                   # mm that a slice can span; others are spacings in another unit, or none at all
 
 
 class UsageError(Exception):
@@ -146,7 +181,42 @@ def _sd(x):
     return float(np.std(x, ddof=1)) if len(x) > 1 else np.nan
 
 
-# --------------------------------------------------------------------------------------------------------- overlays
+# -------------------------------------------------------------------------------------------------------- inference
+
+class Segmentation(NamedTuple):
+    labels: np.ndarray          # (Z, Y, X) uint8
+    entropy: np.ndarray         # (Z, Y, X) float32, 0..1
+    disagreement: np.ndarray    # (3,) float64 for RV, MYO, LV: 1 - Dice of the two networks; NaN with one
+    seconds: float              # of the first network
+
+
+def segment(nets, image, inference, component=False):
+    """Segment (Z, Y, X) with the first of `nets`; the second, if there is one, is asked whether it agrees."""
+    began = time.perf_counter()
+    labels, probs = segment_volume(nets[0], image, **inference, return_probs=True)
+    seconds, disagreement = time.perf_counter() - began, np.full(len(CLASSES), np.nan)
+    entropy = -(probs * np.log(np.maximum(probs, 1e-12))).sum(1) / math.log(probs.shape[1])
+    maps = [labels, *(segment_volume(n, image, **inference) for n in nets[1:])]
+    if component:
+        maps = [largest_component(m) for m in maps]
+    if len(maps) > 1:
+        disagreement = 1 - dice(*maps)
+    return Segmentation(maps[0], entropy, disagreement, seconds)
+
+
+def load_networks(path, device="cpu", which=None):
+    """-> ([network, the other one of student and co-teacher if the checkpoint has it], checkpoint). CheckpointError
+    as of load_model, and where the network's classes are not ACDC's."""
+    net, checkpoint = load_model(path, device, which)
+    arch = net.architecture
+    if (arch["in_channels"], arch["num_classes"]) != (1, len(CLASSES) + 1):
+        raise CheckpointError(f"{path}: maps {arch['in_channels']} channels to {arch['num_classes']} classes, but ACDC "
+                              f"has 1 and {len(CLASSES) + 1} with background; train on this data")
+    others = {"student", "coteacher"} & set(checkpoint["networks"]) - {which or checkpoint["better"]}
+    return [net, *(load_model(path, device, other)[0] for other in others)], checkpoint
+
+
+# --------------------------------------------------------------------------------------------------------- pictures
 
 def three_slices(mask):
     """(Z, Y, X) bool -> a basal, a middle and an apical slice of it; the base is where the heart is wider."""
@@ -206,33 +276,76 @@ def draw_overlay(path, title, frames):
     Image.fromarray(pixels).quantize(256).save(path, optimize=True)                       # a third of the bytes of RGB
 
 
+def draw_agreement(path, rows):
+    """Rows of clinical.csv -> a PNG: per index the prediction against the annotation, and their difference against
+    their mean with bias and bias +- 1.96 SD (Bland and Altman, Lancet 1986)."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(2.6 * len(INDICES), 5.4), layout="constrained")
+    axes = figure.subplots(2, len(INDICES))
+    for (above, below), (index, unit) in zip(axes.T, INDICES.items(), strict=True):
+        x, y = np.array([(r["prediction"], r["annotation"]) for r in rows if r["index"] == index]).T
+        a = agreement(x, y)
+        above.plot(y, x, "o", color="#2a6fb0", alpha=0.7)
+        above.axline((np.nanmean(y), np.nanmean(y)), slope=1, color="0.5", linewidth=1)
+        above.set(title=f"{_title(index)}, r {_number(3, _plain(a['r']))}", xlabel=f"annotation, {unit}")
+        below.plot((x + y) / 2, x - y, "o", color="#2a6fb0", alpha=0.7)
+        for level, style in ((a["bias"], "-"), (a["bias"] - 1.96 * a["sd"], "--"), (a["bias"] + 1.96 * a["sd"], "--")):
+            if np.isfinite(level):
+                below.axhline(level, color="#c23b4b", linestyle=style, linewidth=1)
+        below.set(title=f"bias {_number(1, *map(_plain, (a['bias'], a['sd'])))} {unit}", xlabel=f"mean, {unit}")
+        for ax in (above, below):
+            ax.grid(alpha=0.25)
+    axes[0, 0].set_ylabel("prediction")
+    axes[1, 0].set_ylabel("prediction - annotation")
+    figure.savefig(path, dpi=90)
+
+
+def draw_volumes(path, title, ml, phases, indices):
+    """ml (T, 3) of RV, MYO, LV, phases {"ED": frame, "ES": frame} from 0, indices -> a PNG of the ventricles' volume
+    over time."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    ax, frames = figure.subplots(), np.arange(1, len(ml) + 1)
+    for name, i, color in (("LV", 2, COLORS["LV"]), ("RV", 0, "#0d8fc4")):
+        label = f"{name}, EF {indices[f'{name.lower()}_ef']:.1f} %" if indices else name
+        ax.plot(frames, ml[:, i], "o-", color=color, label=label, linewidth=2, markersize=4)
+    for phase, t in phases.items():
+        ax.axvline(t + 1, color="0.6", linestyle="--", linewidth=1)
+        ax.annotate(f"{phase}, frame {t + 1}", (t + 1, 1), xycoords=("data", "axes fraction"), xytext=(4, -12),
+                    textcoords="offset points", color="0.35", fontsize=9)
+    ax.set(title=title, xlabel="frame", ylabel="volume, ml", ylim=(0, 1.15 * max(1, ml[:, [0, 2]].max())))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.grid(alpha=0.25)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(path, dpi=110)
+
+
 # ------------------------------------------------------------------------------------------------------- evaluation
 
-def evaluate_checkpoint(path, out, data=None, split="test", which=None, device="cpu"):
+def evaluate_checkpoint(path, out, data=None, split="test", which=None, device="cpu", find=False, component=False):
     """Predict and score a split, write the files that the head of this file names into `out`, return the summary.
 
-    `which`: "student" or "coteacher", by default the better on val. Raises CheckpointError, DataError or OSError, and
-    then `out` is as it was.
+    `which`: "student" or "coteacher", by default the better on val. `find`: look where find_heart says. `component`:
+    keep the largest_component. Raises CheckpointError, DataError or OSError, and then `out` is as it was.
     """
-    net, checkpoint = load_model(path, device, which)
-    arch, inference = net.architecture, checkpoint["inference"]
-    if (arch["in_channels"], arch["num_classes"]) != (1, len(CLASSES) + 1):
-        raise CheckpointError(f"{path}: maps {arch['in_channels']} channels to {arch['num_classes']} classes, but ACDC "
-                              f"has 1 and {len(CLASSES) + 1} with background; train on this data")
+    nets, checkpoint = load_networks(path, device, which)
+    net, inference = nets[0], checkpoint["inference"]
     config = checkpoint.get("config")
     trained_on = str(config.get("data") or "") if isinstance(config, dict) else ""
     root = Path(data or (trained_on if trained_on and Path(trained_on).is_dir() else "data/ACDC"))
     names = _names(root, split)
-    with _staging(Path(out)) as folder:
+    with _staging(Path(out), RESULTS) as folder:
         rows, cases, preds, seconds = [], [], {}, []
         for name in tqdm(names, desc=f"{split} of {root}", unit="volume", disable=None, leave=False):
             v = data_prep.read_volume(root, name)
-            began = time.perf_counter()
-            preds[name] = pred = segment_volume(net, v.image, **inference)
-            seconds.append((time.perf_counter() - began, len(pred)))
-            scores = {} if v.label is None else case_metrics(pred, v.label, v.spacing)
+            focus = find_heart(net, v.image, v.spacing, **inference) if find else {}
+            result = segment(nets, v.image, inference | focus, component)
+            preds[name] = result.labels
+            seconds.append((result.seconds, len(result.labels)))
+            scores = {} if v.label is None else case_metrics(result.labels, v.label, v.spacing)
             cases += [scores] if scores else []
-            rows += _case_rows(v, pred, scores)
+            rows += _case_rows(v, result, scores)
         clinical = _clinical_rows(rows)
         columns = {k: [[r[c] for r in clinical if r["index"] == k] for c in ("prediction", "annotation")]
                    for k in INDICES}
@@ -240,18 +353,24 @@ def evaluate_checkpoint(path, out, data=None, split="test", which=None, device="
         timed = seconds[1:] or seconds                                                    # the first one warms up
         summary = dict(
             checkpoint=str(path), network=which or checkpoint["better"], step=checkpoint.get("step"),
-            architecture=arch, inference=inference, parameters=count_parameters(net),
-            macs_per_slice=count_macs(net, inference["size"]), checkpoint_bytes=Path(path).stat().st_size,
+            architecture=net.architecture, inference=inference, find_heart=find, largest_component=component,
+            parameters=count_parameters(net), macs_per_slice=count_macs(net, inference["size"]),
+            checkpoint_bytes=Path(path).stat().st_size,
             ms_per_slice=1000 * sum(s for s, _ in timed) / sum(n for _, n in timed), device=_describe(device),
             data=str(root), split=split, volumes=len(names), scored=len(cases),
             with_spacing=sum(bool(np.isfinite(r["volume_ml"])) for r in rows) // len(CLASSES),
             one_empty={c: int(sum(s["one_empty"][i] for s in cases)) for i, c in enumerate(CLASSES)},
             metrics=aggregate(cases), overlays=overlays,
-            clinical={k: {"unit": INDICES[k], **agreement(*columns[k])} for k in INDICES} if clinical else None)
+            clinical={k: {"unit": INDICES[k], **agreement(*columns[k])} for k in INDICES} if clinical else None,
+            uncertainty={k: {x: agreement(*_case_means(rows, k, "dice"))[x] for x in ("n", "r")}
+                         for k in ("entropy", "disagreement")})
         summary = _plain(summary)
         _write_csv(folder / "metrics.csv", rows)
         if clinical:
             _write_csv(folder / "clinical.csv", clinical)
+            if cases:
+                draw_agreement(folder / "clinical.png", clinical)
+        write_report(folder, summary, config)
         (folder / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return {**summary, "out": str(out)}
 
@@ -270,15 +389,23 @@ def _names(root, split):
     return names
 
 
-def _case_rows(v, pred, scores):
+def _case_rows(v, result, scores):
     """The rows of metrics.csv of one volume; without annotation `scores` is empty."""
     patient, frame = v.name.split("_frame")
     phase = dict(zip(("01", "02"), PHASES, strict=True)).get(frame, frame)
-    ml = [np.full(len(CLASSES), np.nan) if a is None else volumes_ml(a, v.spacing) for a in (pred, v.label)]
+    ml = [np.full(len(CLASSES), np.nan) if a is None else volumes_ml(a, v.spacing) for a in (result.labels, v.label)]
     return [{"case": v.name, "patient": patient, "phase": phase, "group": v.group, "class": c,
              **{m: scores[m][i] if scores else np.nan for m in METRICS},
              "one_empty": int(scores["one_empty"][i]) if scores else None,
-             "volume_ml": ml[0][i], "annotation_ml": ml[1][i]} for i, c in enumerate(CLASSES)]
+             "volume_ml": ml[0][i], "annotation_ml": ml[1][i],
+             "entropy": _mean(result.entropy[result.labels == i + 1]), "disagreement": result.disagreement[i]}
+            for i, c in enumerate(CLASSES)]
+
+
+def _case_means(rows, *keys):
+    """Per key the volumes' means over the classes that have a value."""
+    volumes = [rows[i:i + len(CLASSES)] for i in range(0, len(rows), len(CLASSES))]
+    return [[_mean([r[key] for r in volume if np.isfinite(r[key])]) for volume in volumes] for key in keys]
 
 
 def _clinical_rows(rows):
@@ -319,16 +446,151 @@ def _draw_cases(folder, root, split, rows, preds):
     return drawn
 
 
+# ------------------------------------------------------------------------------------------------------- prediction
+
+def find_images(paths):
+    """Files, and folders of them, to {NIfTI file: name of its results, relative, without extension}, no name twice.
+
+    A folder gives every *.nii and *.nii.gz below it but those of SKIPPED. Names are the files' own, or from the folder
+    given on; where two would be the same, from the deepest folder that holds all. Raises UsageError.
+    """
+    found = {}
+    for path in map(Path, paths):
+        if not os.path.exists(path):
+            raise UsageError(f"{path}: no such file or folder")
+        inside = [path]
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*.nii*") if re.search(r"\.nii(\.gz)?$", p.name)
+                            and not SKIPPED.search(p.name))
+            if not inside:
+                raise UsageError(f"{path}: holds no .nii or .nii.gz to segment")
+        for p in inside:
+            found.setdefault(p.resolve(), (p, p.relative_to(path) if path.is_dir() else Path(p.name)))
+    common = os.path.commonpath([p.parent for p in found])
+    full = [p.relative_to(common) for p in found]
+    bare = [[n.with_name(re.sub(r"\.nii(\.gz)?$", "", n.name)) for n in names]
+            for names in ([n for _, n in found.values()], full)]
+    names = next((b for b in bare if len(set(b)) == len(b)), full)
+    return dict(zip((p for p, _ in found.values()), names, strict=True))
+
+
+def predict_file(nets, source, stem, inference, find=True, component=True, entropy=False):
+    """Segment one NIfTI file, write the results that the head of this file names to `stem`_*, return the row of
+    predictions.csv. DataError, ValueError, MemoryError or OSError, and then nothing was written."""
+    if not (re.search(r"\.nii(\.gz)?$", source.name) and source.is_file()):
+        raise DataError(f"{source}: not a NIfTI file by its name and kind; give .nii or .nii.gz")
+    array, spacing, nifti = data_prep.load_nifti(source)
+    data_prep.require(all(FIELD[0] <= n * s <= FIELD[1] for n, s in zip(array.shape[-2:], spacing[1:], strict=True)),
+                      source, f"slices of {array.shape[-2]} x {array.shape[-1]} pixels of {spacing[1]:g} x "
+                      f"{spacing[2]:g} mm cannot be a chest", "write the true zooms, in mm, into it")
+    frames = array.reshape(-1, *array.shape[-3:])                                                  # (T, Z, Y, X)
+    focus = find_heart(nets[0], frames[0], spacing, **inference) if find else {}
+    labels, maps, rows = np.empty(frames.shape, np.uint8), [], []
+    for t, frame in enumerate(tqdm(frames, desc=source.name, unit="frame", disable=None if len(frames) > 1 else True,
+                                   leave=False)):
+        result = segment(nets, frame, inference | focus, component)
+        labels[t] = result.labels
+        maps += [result.entropy] if entropy else []
+        ml = dict(zip((f"{c.lower()}_ml" for c in CLASSES), volumes_ml(result.labels, spacing), strict=True))
+        rows.append(dict(frame=t + 1, phase="", **ml, entropy=_mean(result.entropy[result.labels > 0]),
+                         disagreement=_mean(result.disagreement)))
+    ml = np.array([[r[f"{c.lower()}_ml"] for c in CLASSES] for r in rows])                         # (T, 3)
+    cine = len(frames) > 1 and ml[:, 2].any()
+    phases = dict(zip(PHASES, (int(ml[:, 2].argmax()), int(ml[:, 2].argmin())), strict=True)) if cine else {}
+    indices = clinical_indices(*(ml[t] for t in phases.values())) if cine else {}
+    shown = []
+    for phase, t in phases.items() or (("", 0),):
+        rows[t]["phase"] = phase
+        volume = data_prep.Volume(source.name, frames[t].astype(np.float32), None, spacing, None)
+        shown.append((f"{phase}, frame {t + 1}" if phase else "", volume, labels[t]))
+    with _staging(stem.parent, [f"{stem.name}_{k}" for k in PREDICTED]) as folder:
+        draw_overlay(folder / f"{stem.name}_overlay.png", source.name, shown)
+        if len(frames) > 1:
+            draw_volumes(folder / f"{stem.name}_volumes.png", source.name, ml, phases, indices)
+        _write_csv(folder / f"{stem.name}_volumes.csv", rows)
+        _save_like(nifti, labels, folder / f"{stem.name}_seg.nii.gz")
+        if entropy:
+            _save_like(nifti, np.array(maps), folder / f"{stem.name}_entropy.nii.gz")
+    return dict(file=str(source), frames=len(frames), **{k: t + 1 for k, t in phases.items()}, **indices,
+                entropy=_mean([r["entropy"] for r in rows]), disagreement=_mean([r["disagreement"] for r in rows]))
+
+
+def _save_like(nifti, array, path):
+    """(T, Z, Y, X) -> NIfTI with the header of `nifti`: its zooms, forms and units stay, whatever they say."""
+    header = nifti.header.copy()
+    header.set_data_dtype(array.dtype)
+    header["cal_min"] = header["cal_max"] = 0                                # the source's window of display
+    nib.save(type(nifti)(array.reshape(nifti.shape[::-1]).T, nifti.affine, header), path)
+
+
+def predict(nets, inference, paths, out, **options):
+    """Segment files and folders into `out`, as predict_file; a bad file is reported and the others are done. Returns
+    the number of bad ones. Raises UsageError before anything is written, OSError where `out` takes no more."""
+    images, out = find_images(paths), Path(out)
+    for source, name in images.items():
+        if (out / name).parent.resolve() == source.resolve().parent:
+            raise UsageError(f"--out {out}: holds {source}; give a folder apart, so that no file there is replaced")
+    table = []
+    for source, name in tqdm(images.items(), desc="predict", unit="file", disable=None, leave=False):
+        try:
+            row = predict_file(nets, source, out / name, inference, **options)
+            text = f"{source}: {row['frames']} frame{'s' * (row['frames'] > 1)}"
+            if "ED" in row:
+                text += f", ED {row['ED']}, ES {row['ES']}; " + ", ".join(
+                    f"{_title(k)} {_number(1, _plain(row[k]))} {unit}" for k, unit in INDICES.items())
+            tqdm.write(text)
+        except (DataError, ValueError, RuntimeError, MemoryError) as error:
+            text = str(error) if isinstance(error, DataError) else f"{source}: {data_prep.one_line(error)}"
+            tqdm.write(f"evaluate.py: {text}", file=sys.stderr)
+            row = dict(file=str(source), error=text)
+        table.append(row)
+    columns = ("file", "frames", *PHASES, *INDICES, "entropy", "disagreement", "error")
+    with _staging(out, ["predictions.csv"]) as folder:
+        _write_csv(folder / "predictions.csv", [{c: row.get(c) for c in columns} for row in table])
+    failed = sum("error" in row for row in table)
+    print(f"{out}: {len(table) - failed} of {len(table)} files segmented; predictions.csv lists them")
+    return failed
+
+
+def time_inference(nets, inference, device="cpu", slices=10, frames=30):
+    """Seconds per frame of `slices` x 256 x 216 at 1.4 mm, (frames,) each -> {"torch fp32": ..., "torch bf16": ...,
+    "onnxruntime": ... where installed}. The image is noise, which costs as much as a heart."""
+    net, rng = nets[0], np.random.default_rng(0)
+    frame = rng.random((slices, 256, 216), np.float32)
+
+    def autocast():
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            segment_volume(net, frame, **inference)
+    ways = {"torch fp32": lambda: segment_volume(net, frame, **inference), "torch bf16": autocast}
+    if all(map(importlib.util.find_spec, ("onnxscript", "onnxruntime"))):
+        import onnxruntime
+        with tempfile.TemporaryDirectory() as folder:
+            export_onnx(net, Path(folder) / "net.onnx", {})
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = torch.get_num_threads()
+            session = onnxruntime.InferenceSession(Path(folder) / "net.onnx", options,
+                                                   providers=["CPUExecutionProvider"])
+        h, w = (min(inference["size"], n) for n in frame.shape[1:])
+        ways["onnxruntime"] = lambda: session.run(None, {"slices": frame[:, None, :h, :w]})[0].argmax(1)
+    seconds = {name: [] for name in ways}
+    for _ in range(frames + 1):                                # in turns, so that other work on the machine slows all
+        for name, run in ways.items():
+            began = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: np.array(times[1:]) for name, times in seconds.items()}                   # the first one warms up
+
+
 # ----------------------------------------------------------------------------------------------------------- output
 
 @contextmanager
-def _staging(out):
-    """A temporary folder whose files move into `out` on success; after an error `out` is as it was."""
+def _staging(out, names):
+    """A temporary folder whose files `names` move into `out` on success; after an error `out` is as it was."""
     parent = next(p for p in (out, *out.absolute().parents) if p.exists())
     with tempfile.TemporaryDirectory(dir=parent, prefix=".evaluate-") as temporary:
         yield Path(temporary)
         out.mkdir(parents=True, exist_ok=True)
-        for name in RESULTS:                                     # summary.json last: where it stands, the rest does
+        for name in names:                                       # the last one last: where it stands, the rest does
             fresh = Path(temporary) / name
             if not fresh.exists():
                 (out / name).unlink(missing_ok=True)             # of an earlier evaluation
@@ -362,33 +624,94 @@ def _describe(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
-def print_table(s):
-    """The summary for people."""
-    depth, base = s["architecture"]["depth"], s["architecture"]["base"]
-    print(f"{s['checkpoint']}: {s['network']} of step {s['step']}, U-Net[{depth}, {base}], "
-          f"{s['parameters'] / 1e6:.2f} M parameters, {s['macs_per_slice'] / 1e9:.2f} G MACs per slice, "
-          f"{s['checkpoint_bytes'] / 1e6:.1f} MB on disk, {s['ms_per_slice']:.1f} ms per slice ({s['device']})")
-    print(f"{s['data']}, {s['split']}: {s['scored']} volumes scored, native grid, mean ± standard deviation")
+def _title(index):
+    return index.upper().replace("_", " ").replace("MYO MASS", "mass")
+
+
+def tables(s):
+    """The summary's tables as text: [[header, row, ...], ...], without what cannot be told."""
+    found = []
     if s["scored"]:
         shown = [m for m in METRICS if s["metrics"][m]["mean"]["n"]]
-        print(" " * 5 + "".join(f"{METRICS[m]:>18}" for m in shown))
+        found.append([["", *(METRICS[m] for m in shown)]])
         for c in (*CLASSES, "mean"):
             cells = [(2 if "_" in m else 4, s["metrics"][m][c]) for m in shown]       # voxels and mm want two digits
-            print(f"{c:5}" + "".join(f"{_number(d, x['mean'], x['sd']):>18}" for d, x in cells))
-        empty = ", ".join(f"{c} {n}" for c, n in s["one_empty"].items())
-        print(f"one empty, the other not (Dice 0, distances = the volume's diagonal): {empty}")
+            found[-1].append([c, *(_number(d, x["mean"], x["sd"]) for d, x in cells)])
     if s["clinical"] and s["scored"]:
-        print(f"{'clinical':12}{'bias ± SD':>18}{'r':>8}{'n':>5}")
+        found.append([["clinical", "unit", "bias ± SD", "r", "n"]])
         for k, x in s["clinical"].items():
-            name, bias = k.replace("_", " ").upper(), _number(1, x["bias"], x["sd"])
-            print(f"{name:9}{x['unit']:3}{bias:>18}{_number(3, x['r']):>8}{x['n']:5}")
+            found[-1].append([_title(k), x["unit"], _number(1, x["bias"], x["sd"]), _number(3, x["r"]), str(x["n"])])
+    return found
+
+
+def sentences(s):
+    """What else the summary says: (before, after the tables), lists of lines."""
+    depth, base = s["architecture"]["depth"], s["architecture"]["base"]
+    extras = [text for text, on in (("heart found and resampled", s["find_heart"]),
+                                    ("largest component per class", s["largest_component"])) if on]
+    before = [f"{s['checkpoint']}: {s['network']} of step {s['step']}, U-Net[{depth}, {base}], "
+              f"{s['parameters'] / 1e6:.2f} M parameters, {s['macs_per_slice'] / 1e9:.2f} G MACs per slice, "
+              f"{s['checkpoint_bytes'] / 1e6:.1f} MB on disk, {s['ms_per_slice']:.1f} ms per slice ({s['device']})",
+              f"{s['data']}, {s['split']}: {s['scored']} volumes scored, " + ", ".join(
+                  ["native grid", *extras, "mean ± standard deviation"])]
+    after = []
+    if s["scored"]:
+        empty = ", ".join(f"{c} {n}" for c, n in s["one_empty"].items())
+        after.append(f"one empty, the other not (Dice 0, distances = the volume's diagonal): {empty}")
+        after += [f"{k} against Dice, {x['n']} volumes: r {_number(3, x['r'])}" for k, x in s["uncertainty"].items()
+                  if x["n"] > 2]
     if s["with_spacing"] < s["volumes"]:
-        print(f"{s['volumes'] - s['with_spacing']} volumes carry no spacing (the community's copy has none): their "
-              "distances are in voxels only, and clinical indices leave them out; data_prep.py writes the spacing")
+        after.append(f"{s['volumes'] - s['with_spacing']} volumes carry no spacing (the community's copy has none): "
+                     "their distances are in voxels only, and clinical indices leave them out; data_prep.py writes the "
+                     "spacing")
     elif not s["clinical"]:
-        print("no clinical indices: they want ED and ES of a patient in one split")
-    print(f"{s['out']}: metrics.csv, {'clinical.csv, ' if s['clinical'] else ''}summary.json, "
+        after.append("no clinical indices: they want ED and ES of a patient in one split")
+    return before, after
+
+
+def print_table(s):
+    """The summary for people."""
+    before, after = sentences(s)
+    print(*before, sep="\n")
+    for table in tables(s):
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for first, *cells in table:
+            print(first.ljust(widths[0]) + "".join(f"  {c:>{w}}" for c, w in zip(cells, widths[1:], strict=True)))
+    print(*after, sep="\n", end="\n" if after else "")
+    print(f"{s['out']}: metrics.csv, {'clinical.csv, ' if s['clinical'] else ''}summary.json, report.html, "
           + ", ".join(f"overlay_{k}.png ({p})" for k, p in s["overlays"].items()))
+
+
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#1b2733}
+table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .8rem;text-align:right;
+border-bottom:1px solid #d5dde5;font-variant-numeric:tabular-nums}td:first-child{text-align:left}
+img{max-width:100%;margin:.5rem 0}
+pre{background:#f3f6f9;padding:1rem;overflow:auto;font-size:12px}h2{margin-top:2rem}"""
+
+
+def write_report(folder, summary, config):
+    """report.html of the summary and the pictures in `folder`: one file that needs no other."""
+    def table(rows):
+        lines = ["".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row)
+                 for row, tag in zip(rows, ["th"] + ["td"] * len(rows), strict=False)]
+        return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+    def picture(name, caption):
+        data = base64.b64encode((folder / name).read_bytes()).decode()
+        return f'<h2>{html.escape(caption)}</h2><img alt="{html.escape(caption)}" src="data:image/png;base64,{data}">'
+    before, after = ([f"<p>{html.escape(line)}</p>" for line in part] for part in sentences(summary))
+    pictures = [("clinical.png", "Clinical indices: correlation and Bland-Altman")]
+    pictures += [(f"overlay_{k}.png", f"{k}: {p}" if summary["scored"] else p)
+                 for k, p in sorted(summary["overlays"].items())]                    # best, median, worst
+    shown = ("checkpoint", "network", "step", "architecture", "inference", "find_heart", "largest_component", "data",
+             "split", "device")
+    settings = json.dumps({"evaluation": {k: summary[k] for k in shown}, "training": config}, indent=1, default=str)
+    title = html.escape(f"{summary['split']} of {summary['data']}")
+    (folder / "report.html").write_text("\n".join([
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>',
+        f"<h1>{title}</h1>", *before, *map(table, tables(summary)), *after,
+        *(picture(*p) for p in pictures if (folder / p[0]).exists()),
+        f"<h2>Configuration</h2><pre>{html.escape(settings)}</pre></html>\n"]), encoding="utf-8")
 
 
 def _number(digits, *values):
@@ -398,38 +721,67 @@ def _number(digits, *values):
 
 # ------------------------------------------------------------------------------------------------------------- main
 
-def _pick_device(gpu, cpu):
-    count = torch.cuda.device_count()
-    if gpu is not None and not 0 <= gpu < count:
-        have = f"devices 0 to {count - 1}" if count else "no CUDA device; leave --gpu out to run on the CPU"
-        raise UsageError(f"--gpu {gpu}: this machine has {have}")
-    return torch.device("cpu") if cpu or not count else torch.device("cuda", gpu or 0)
-
-
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path, help="best.pt of a run")
-    parser.add_argument("--data", type=Path, help="prepared folder [the one trained on if it is there, or data/ACDC]")
-    parser.add_argument("--split", choices=SPLITS, default="test", help="[%(default)s]")
-    parser.add_argument("--out", type=Path, help="folder for the results [CHECKPOINT's folder/SPLIT]")
-    parser.add_argument("--which", choices=("student", "coteacher"), help="network [the better one on val]")
-    device = parser.add_mutually_exclusive_group()
+    """The command line -> exit code: 0, 1 where --predict met bad files, 2 for a user's error, 130 for Ctrl-C."""
+    parser = data_prep.Parser(prog="evaluate.py", description=__doc__.splitlines()[0], usage=(
+        "%(prog)s CHECKPOINT [options]\n       %(prog)s CHECKPOINT --predict PATH... | --onnx FILE | --time [options]"))
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="best.pt of a run")
+    modes = parser.add_argument_group("instead of an evaluation").add_mutually_exclusive_group()
+    modes.add_argument("--predict", nargs="+", metavar="PATH", help="segment NIfTI files, and those in folders")
+    modes.add_argument("--onnx", type=Path, metavar="FILE", help="export the network")
+    modes.add_argument("--time", action="store_true", help="measure ms per slice and per cine on this machine")
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--data", type=Path, help="prepared folder [the one trained on if it is there, or data/ACDC]")
+    group.add_argument("--split", choices=SPLITS, default="test", help="[%(default)s]")
+    group = parser.add_argument_group("evaluation and prediction")
+    group.add_argument("--out", type=Path, help="folder for the results [CHECKPOINT's folder/SPLIT, or predictions]")
+    group.add_argument("--which", choices=("student", "coteacher"), help="network [the better one on val]")
+    group.add_argument("--find-heart", action=argparse.BooleanOptionalAction,
+                       help="any spacing, a heart off the centre [on in prediction]")
+    group.add_argument("--largest-component", action=argparse.BooleanOptionalAction,
+                       help="of each class, nothing else [on in prediction]")
+    group.add_argument("--entropy", action="store_true", help="prediction: the uncertainty too, as NIfTI")
+    device = parser.add_argument_group("device").add_mutually_exclusive_group()
     device.add_argument("--gpu", type=int, metavar="N", help="CUDA device [the first, if any]")
     device.add_argument("--cpu", action="store_true", help="run on the CPU")
     args = parser.parse_args(argv)
-    out = args.out or args.checkpoint.parent / args.split
+    out = args.onnx or args.out or (Path("predictions") if args.predict else args.checkpoint.parent / args.split)
+    find, component = (bool(args.predict) if x is None else x for x in (args.find_heart, args.largest_component))
     try:
-        summary = evaluate_checkpoint(args.checkpoint, out, args.data, args.split, args.which,
-                                      _pick_device(args.gpu, args.cpu))
-    except (CheckpointError, DataError, UsageError) as error:
+        device = pick_device(args.gpu, args.cpu)
+        if args.predict or args.onnx or args.time:
+            nets, checkpoint = load_networks(args.checkpoint, device, args.which)
+            inference = checkpoint["inference"]
+        if args.predict:
+            options = dict(find=find, component=component, entropy=args.entropy)
+            return 1 if predict(nets, inference, args.predict, out, **options) else 0
+        if args.onnx:
+            if not importlib.util.find_spec("onnxscript"):
+                raise UsageError("--onnx wants the package onnxscript: pip install onnxscript")
+            classes = ",".join(("background", *CLASSES))
+            steps = ("central window" if inference["view"] == "heart" else "whole slice resized to") + \
+                " of size x size pixels; the graph standardises each slice; argmax of the logits"
+            opset = export_onnx(nets[0].cpu(), args.onnx, dict(
+                classes=classes, preprocessing=steps, size=str(inference["size"]), view=inference["view"]))
+            print(f"{out}: ONNX opset {opset}, {out.stat().st_size / 1e6:.1f} MB; classes {classes}; {steps}")
+            return 0
+        if args.time:
+            for name, seconds in time_inference(nets, inference, device).items():
+                print(f"{name:12} {100 * np.median(seconds):7.2f} ms per slice (fastest {100 * min(seconds):.2f}) "
+                      f"{sum(seconds):7.2f} s per cine of 30 frames of 10 slices ({_describe(device)}, window "
+                      f"{inference['size']})")
+            return 0
+        summary = evaluate_checkpoint(args.checkpoint, out, args.data, args.split, args.which, device, find, component)
+    except (CheckpointError, DataError, DeviceError, UsageError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"evaluate.py: {out}: {error.strerror or error}; choose another --out or free some space",
-              file=sys.stderr)
+        print(f"evaluate.py: {out}: {error.strerror or error}; choose another {'FILE' if args.onnx else '--out'} or "
+              "free some space", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("evaluate.py: interrupted; nothing was written", file=sys.stderr)
+        print(f"evaluate.py: interrupted; {'what is there is whole' if args.predict else 'nothing was written'}",
+              file=sys.stderr)
         return 130
     print_table(summary)
     unscored = summary["volumes"] - summary["scored"]
@@ -440,4 +792,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))                         # so that temporary folders go
     sys.exit(main())

@@ -7,8 +7,12 @@
     net = UNet(4, 16)
     net, checkpoint = load_model("best.pt")
     labels = segment_volume(net, volume, **checkpoint["inference"])      # (Z, Y, X) in, (Z, Y, X) uint8 out
+    focus = find_heart(net, volume, spacing, **checkpoint["inference"])  # another scanner, a heart off the centre
+    labels = segment_volume(net, volume, **checkpoint["inference"], **focus)
 """
+import logging
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +21,25 @@ import torch.nn.functional as F
 from torch import nn
 
 FORMAT = "act-net 1"
+PIXEL = 1.4                                # mm, to which find_heart resamples; ACDC has 0.70 to 1.95, mostly 1.2 to 1.8
 
 
 class CheckpointError(Exception):
     """A file that is not a usable checkpoint: one line that names it and the remedy."""
+
+
+class DeviceError(Exception):
+    """A device that this machine lacks: one line that says which exist."""
+
+
+def pick_device(gpu=None, cpu=False):
+    """--gpu N and --cpu of a command line -> torch.device: without either the first CUDA device, if any. Raises
+    DeviceError where there is no device N."""
+    count = torch.cuda.device_count()
+    if gpu is not None and not 0 <= gpu < count:
+        have = f"devices 0 to {count - 1}" if count else "no CUDA device; leave --gpu out to run on the CPU"
+        raise DeviceError(f"--gpu {gpu}: this machine has {have}")
+    return torch.device("cpu") if cpu or not count else torch.device("cuda", gpu or 0)
 
 
 # ---------------------------------------------------------------------------------------------------------- network
@@ -50,7 +69,7 @@ class UNet(nn.Module):
     def forward(self, x):
         h, w = x.shape[-2:]
         step = 2 ** (len(self.down) - 1)
-        if h % step or w % step:
+        if h % step or w % step or torch.compiler.is_exporting():            # exported, it must fit any size
             x = F.pad(x, (0, -w % step, 0, -h % step), mode="replicate")
         skips = []
         for i, conv in enumerate(self.down):
@@ -84,42 +103,80 @@ def standardize(x):
 
 
 @torch.no_grad()
-def segment_volume(net, volume, size, view="heart", batch=16, return_probs=False):
+def segment_volume(net, volume, size, view="heart", batch=16, return_probs=False, center=None, zoom=(1.0, 1.0)):
     """Segment a stack of 2D slices on its native grid.
 
     volume: (Z, Y, X) numpy array or tensor, any real dtype, any range; scaled by its own minimum and maximum.
-    size, view: "heart" reads the central window of at most size x size at native resolution, outside is background;
-        "whole" squeezes the slice to size x size, and the logits are resized back before the argmax.
+    size, view: "heart" reads a window of at most size x size, outside is background; "whole" squeezes the slice to
+        size x size, and the logits are resized back before the argmax.
+    center: of the window, (y, x) in pixels, moved so that the window lies inside; by default the slice's middle.
+    zoom: network pixels per image pixel in (y, x): other than 1, the window spans size / zoom pixels and is resampled.
     Returns labels (Z, Y, X) uint8 numpy, and with return_probs also probabilities (Z, C, Y, X) float32 numpy.
     Raises ValueError unless the volume is 3D and finite. The network's mode is restored.
     """
     device = next(net.parameters()).device
-    volume = torch.as_tensor(np.asarray(volume), dtype=torch.float32)
+    volume = torch.from_numpy(np.array(volume, np.float32))                  # a copy; any byte order
     if volume.ndim != 3 or volume.numel() == 0:
         raise ValueError(f"segment_volume wants (Z, Y, X), got {tuple(volume.shape)}")
     low, high = volume.min(), volume.max()
     if not torch.isfinite(high - low):
         raise ValueError("segment_volume: the volume holds NaN or infinity")
     slices = ((volume - low) / (high - low).clamp_min(1e-12))[:, None]                     # (Z, 1, Y, X)
+    full = slices.shape[-2:]
+    if view == "whole":
+        extent, grid = full, (size, size)
+    else:
+        extent = [min(max(1, round(size / f)), n) for f, n in zip(zoom, full, strict=True)]
+        grid = [max(1, round(n * f)) for f, n in zip(zoom, extent, strict=True)]
+    middle = [n / 2 for n in full] if center is None else center
+    top, left = (min(max(0, int(c - e / 2)), n - e) for c, e, n in zip(middle, extent, full, strict=True))
+    inside = (slice(top, top + extent[0]), slice(left, left + extent[1]))
+    labels = torch.zeros(volume.shape, dtype=torch.uint8)
+    probs = torch.zeros(len(slices), net.architecture["num_classes"], *full) if return_probs else None
     training = net.training
     net.eval()
-    h, w = slices.shape[-2:]
-    rows, columns = (h, w) if view == "whole" else (min(size, h), min(size, w))
-    top, left = (h - rows) // 2, (w - columns) // 2
-    probs = torch.empty(len(slices), net.architecture["num_classes"], h, w)
     for i in range(0, len(slices), batch):
-        window = slices[i:i + batch, :, top:top + rows, left:left + columns].to(device)
-        if view == "whole":
-            window = F.interpolate(window, (size, size), mode="bilinear", antialias=True)
+        window = slices[(slice(i, i + batch), slice(None), *inside)].to(device)
+        resampled = tuple(grid) != tuple(window.shape[-2:])
+        if resampled:
+            window = F.interpolate(window, grid, mode="bilinear", antialias=True)
         logits = net(standardize(window).contiguous(memory_format=torch.channels_last)).float()
-        if view == "whole":
-            logits = F.interpolate(logits, (h, w), mode="bilinear")
-        part = F.pad(logits.softmax(1), (left, w - columns - left, top, h - rows - top))
-        part[:, 0] += 1 - part.sum(1)                                         # outside the window: background
-        probs[i:i + batch] = part.cpu()
+        if resampled:
+            logits = F.interpolate(logits, extent, mode="bilinear")
+        part = logits.softmax(1)
+        labels[(slice(i, i + batch), *inside)] = part.max(1).indices.to(torch.uint8).cpu()       # faster than argmax
+        if return_probs:
+            probs[i:i + batch, 0] = 1                                         # outside the window: background
+            probs[(slice(i, i + batch), slice(None), *inside)] = part.cpu()
     net.train(training)
-    labels = probs.max(1).indices.to(torch.uint8).numpy()                # ten times as fast as argmax on a CPU
-    return (labels, probs.numpy()) if return_probs else labels
+    return (labels.numpy(), probs.numpy()) if return_probs else labels.numpy()
+
+
+def largest_component(labels):
+    """Labels (Z, Y, X) without what is not connected, by faces, to the largest part of its class. Needs scipy."""
+    from scipy import ndimage
+    kept = np.zeros_like(labels)
+    for k in range(1, int(labels.max()) + 1):
+        parts, n = ndimage.label(labels == k)
+        if n:
+            kept[parts == 1 + np.bincount(parts.ravel())[1:].argmax()] = k
+    return kept
+
+
+def find_heart(net, volume, spacing, size, view="heart", batch=16):
+    """Where segment_volume should look -> its arguments {"center": (y, x), "zoom": (y, x)}.
+
+    The window spans size pixels of PIXEL mm around the largest thing that the network takes for a heart when it looks
+    at whole slices; around the middle where it sees none. spacing: (z, y, x) in mm, or None: not resampled. view
+    "whole" sees all: {}. Needs scipy.
+    """
+    if view == "whole":
+        return {}
+    zoom = tuple(s / PIXEL for s in spacing[1:]) if spacing else (1.0, 1.0)
+    seen = segment_volume(net, volume, 2**30, view, batch, zoom=zoom) > 0
+    found = np.nonzero(largest_component(seen.astype(np.uint8)))
+    center = tuple(float(i.mean()) + 0.5 for i in found[1:]) if seen.any() else None
+    return dict(center=center, zoom=zoom)
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
@@ -142,10 +199,11 @@ def save_checkpoint(path, content, previous=None):
 
 def load_checkpoint(path, device="cpu"):
     """Read what save_checkpoint wrote; nothing in the file is executed. Raises CheckpointError."""
+    if not os.path.isfile(path):                                                 # a pipe would be waited for
+        what = "not a file" if os.path.exists(path) else "no such checkpoint"
+        raise CheckpointError(f"{path}: {what}; train one with train_actnet.py")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such checkpoint; train one with train_actnet.py") from None
     except Exception as error:                           # torch.load raises a dozen kinds for damaged or foreign files
         kind = type(error).__name__
         raise CheckpointError(f"{path}: damaged, or not a checkpoint of tensors ({kind}); train it again") from None
@@ -170,3 +228,36 @@ def load_model(path, device="cpu", which=None):
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path}: holds no network to run ({reason}); give a best.pt of a run") from None
     return net.to(device, memory_format=torch.channels_last).eval(), checkpoint
+
+
+def export_onnx(net, path, metadata):
+    """Write the network as ONNX, whole or not at all: `slices` (n, in_channels, height, width) float32, any size and
+    range, standardised in the graph -> `logits` (n, num_classes, height, width). metadata: {str: str}. Returns the
+    opset. Needs onnxscript; raises OSError."""
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = UNet(**net.architecture)
+            self.net.load_state_dict(net.state_dict())
+
+        def forward(self, slices):
+            return self.net(standardize(slices))
+
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)                             # it misses torchvision aloud
+    names = {0: "n", 2: "height", 3: "width"}
+    example = torch.rand(2, net.architecture["in_channels"], 72, 88)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(Graph().eval(), (example,), input_names=["slices"], output_names=["logits"],
+                                    dynamic_shapes=[{i: torch.export.Dim(n) for i, n in names.items()}], dynamo=True,
+                                    verbose=False)
+    program.model.metadata_props.update(metadata)
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
+    try:
+        program.save(temporary)
+        with open(temporary, "r+b") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return program.model.opset_imports[""]

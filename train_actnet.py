@@ -47,7 +47,7 @@ import evaluate
 import models
 from kernels.dice_ce import dice_ce
 from kernels.student_loss import student_loss
-from models import UNet, count_parameters, load_checkpoint, save_checkpoint, segment_volume
+from models import UNet, count_parameters, load_checkpoint, pick_device, save_checkpoint, segment_volume
 
 
 class UserError(Exception):
@@ -246,16 +246,6 @@ def bf16_pays(device):
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-
-
-def pick_device(cfg):
-    """The CUDA device of --gpu, of torchrun's local rank, or the first; otherwise the CPU."""
-    count = torch.cuda.device_count()
-    gpu = int(os.environ.get("LOCAL_RANK", 0)) if dist.is_initialized() and count and not cfg.cpu else cfg.gpu
-    if not -1 <= gpu < count:
-        have = f"devices 0 to {count - 1}" if count else "no CUDA device; leave --gpu out to train on the CPU"
-        raise UserError(f"--gpu {gpu}: this machine has {have}")
-    return torch.device("cpu") if cfg.cpu or not count else torch.device("cuda", max(gpu, 0))
 
 
 def validate(net, volumes, inference):
@@ -480,7 +470,9 @@ COLUMNS = ("step", "seconds", "lr", "slices_per_s", *TERMS, "val_student", "val_
 
 def prepare(cfg):
     """The checks of a run -> its device, slices and networks."""
-    device = pick_device(cfg)
+    local = dist.is_initialized() and torch.cuda.is_available()                  # torchrun: a GPU for each process
+    gpu = int(os.environ["LOCAL_RANK"]) if local else None if cfg.gpu == -1 else cfg.gpu
+    device = pick_device(gpu, cfg.cpu)
     if cfg.network == "teacher" and cfg.method in ("kd", "act"):
         raise UserError(f"--network teacher --method {cfg.method}: the teacher is trained alone, with sup or mt")
     if not 1 <= cfg.labeled_batch <= cfg.batch:
@@ -850,7 +842,7 @@ def main(argv=None):
             run = train(cfg, resume)
         if demo and rank == 0:
             evaluate.main([str(run / "best.pt"), "--data", cfg.data, "--out", str(run / "test")])
-    except (UserError, data_prep.DataError, models.CheckpointError, OSError) as error:
+    except (UserError, data_prep.DataError, models.CheckpointError, models.DeviceError, OSError) as error:
         if rank == 0:
             print(f"train_actnet.py: {error}", file=sys.stderr)
         return 2

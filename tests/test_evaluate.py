@@ -72,21 +72,28 @@ def root(tmp_path_factory):
         unlabeled=["patient102"])
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, root):
-    """The student has learnt these hearts for a few seconds, the co-teacher has learnt nothing."""
+def train_student():
+    """A student that has learnt these hearts, also amid a larger background, for a few seconds."""
     torch.manual_seed(0)
-    student, coteacher = UNet(2, 8), UNet(2, 8)
+    student = UNet(2, 8)
     images, labels = zip(*(heart(seed, phase) for seed in (1, 2) for phase in ("ED", "ES")), strict=True)
     x, y = torch.from_numpy(np.concatenate(images))[:, None], torch.from_numpy(np.concatenate(labels)).long()
-    x = (x - x.mean((-2, -1), keepdim=True)) / x.std((-2, -1), keepdim=True)
+    wide = torch.nn.functional.pad(x, (35, 35, 35, 35), mode="replicate")
+    x, y = torch.cat([(x - of.mean((-2, -1), keepdim=True)) / of.std((-2, -1), keepdim=True) for of in (x, wide)]), \
+        torch.cat([y, y])
     optimizer = torch.optim.Adam(student.parameters(), 0.02)
     for _ in range(40):
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(student(x), y).backward()
         optimizer.step()
+    return student
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, root):
+    """The student has learnt, the co-teacher has not."""
     path = tmp_path_factory.mktemp("run") / "best.pt"
-    save(path, dict(student=student, coteacher=coteacher), config=dict(data=str(root)))
+    save(path, dict(student=train_student(), coteacher=UNet(2, 8)), config=dict(data=str(root)))
     return path
 
 
@@ -273,8 +280,9 @@ def test_command_line(checkpoint, root):
                           text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert (done.returncode, done.stderr) == (0, "")
     out = checkpoint.parent / "val"
-    assert sorted(p.name for p in out.iterdir()) == ["clinical.csv", "metrics.csv", "overlay_best.png",
-                                                     "overlay_median.png", "overlay_worst.png", "summary.json"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "clinical.csv", "clinical.png", "metrics.csv", "overlay_best.png", "overlay_median.png", "overlay_worst.png",
+        "report.html", "summary.json"]
     assert not list(checkpoint.parent.glob(".*"))
 
     net, content = load_model(checkpoint)
@@ -336,13 +344,15 @@ def test_community_layout_says_voxels(capsys, tmp_path, checkpoint):
     flat, out = write_root(tmp_path / "flat", {"val": ["patient028"]}, attributes=False), tmp_path / "out"
     out.mkdir()
     (out / "clinical.csv").write_text("stale")
+    (out / "clinical.png").write_text("stale")
     (out / "notes.txt").write_text("mine")
     code, stdout, stderr = run(capsys, checkpoint, "--data", flat, "--split", "val", "--out", out)
     assert (code, stderr) == (0, "")
     assert "HD95 voxels" in stdout
     assert " mm" not in stdout
     assert "2 volumes carry no spacing" in stdout
-    assert sorted(p.name for p in out.iterdir()) == ["metrics.csv", "notes.txt", "overlay_best.png", "summary.json"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "metrics.csv", "notes.txt", "overlay_best.png", "report.html", "summary.json"]
     rows = read_csv(out / "metrics.csv")
     assert all(r["hd95_voxel"] and not r["hd95_mm"] and not r["volume_ml"] and not r["group"] for r in rows)
     summary = json.loads((out / "summary.json").read_text())
@@ -353,6 +363,7 @@ def test_community_layout_says_voxels(capsys, tmp_path, checkpoint):
 @pytest.fixture
 def no_pictures(monkeypatch):
     monkeypatch.setattr(evaluate, "draw_overlay", lambda path, title, frames: path.write_text(title))
+    monkeypatch.setattr(evaluate, "draw_agreement", lambda path, rows: path.write_text(""))
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -371,7 +382,10 @@ def test_one_empty_is_counted(capsys, monkeypatch, tmp_path, checkpoint, root):
     """A network that never finds the RV: Dice 0, the diagonal as distance, and the count in table and summary."""
     truth = {n: data_prep.read_volume(root, n).label for n in data_prep.read_list(root, "val")}
     answers = iter([np.where(label == 1, 0, label).astype(np.uint8) for label in truth.values()])
-    monkeypatch.setattr(evaluate, "segment_volume", lambda *a, **k: next(answers))
+
+    def segment(nets, image, *_):
+        return evaluate.Segmentation(next(answers), np.zeros(image.shape), np.zeros(3), 1.0)
+    monkeypatch.setattr(evaluate, "segment", segment)
     code, stdout, _ = run(capsys, checkpoint, "--split", "val", "--out", tmp_path)
     assert code == 0
     assert "RV 6, MYO 0, LV 0" in stdout

@@ -96,6 +96,60 @@ def test_segment_volume_batch_scale_and_mode_do_not_matter(net, view):
     assert one.shape == volume.shape
 
 
+def test_segment_volume_center_and_zoom_by_hand(net):
+    """The window moves with the centre, stops at the border, spans size / zoom pixels and is resampled to size."""
+    volume = np.random.default_rng(2).random((2, 40, 30)).astype(np.float32)
+    volume = (volume - volume.min()) / (volume.max() - volume.min())
+    x = torch.from_numpy(volume)[:, None]
+    for center, zoom, (top, left, h, w), grid in (
+            ((12, 20), (1, 1), (4, 12, 16, 16), None), ((39, -3), (1, 1), (24, 0, 16, 16), None),
+            ((20, 15), (2, 1), (16, 7, 8, 16), (16, 16)), (None, (0.5, 0.5), (4, 0, 32, 30), (16, 15))):
+        _, probs = segment_volume(net, volume, size=16, center=center, zoom=zoom, return_probs=True)
+        window = x[..., top:top + h, left:left + w]
+        window = window if grid is None else F.interpolate(window, grid, mode="bilinear", antialias=True)
+        logits = net(standardize(window)).detach()
+        logits = logits if grid is None else F.interpolate(logits, (h, w), mode="bilinear")
+        expected = np.zeros((2, 4, 40, 30), np.float32)
+        expected[:, 0] = 1
+        expected[:, :, top:top + h, left:left + w] = logits.softmax(1).numpy()
+        np.testing.assert_allclose(probs, expected, atol=1e-5)
+
+
+def test_segment_volume_takes_any_real_dtype(net):
+    volume = np.random.default_rng(3).integers(0, 200, (2, 20, 20))
+    expected = segment_volume(net, volume, size=16)
+    for dtype in (np.uint8, np.uint16, ">i2", ">f4", np.float64, np.int64):
+        np.testing.assert_array_equal(segment_volume(net, volume.astype(dtype), size=16), expected)
+
+
+def test_find_heart_by_hand(monkeypatch, net):
+    """The middle of the largest connected thing, whatever smaller ones say; nothing found: no centre."""
+    asked, seen = [], np.zeros((3, 40, 50), np.uint8)
+
+    def segment(net, volume, size, view, batch, zoom):
+        asked.append((size > 10**6, zoom))
+        return seen
+    monkeypatch.setattr(models, "segment_volume", segment)
+    arguments = (net, seen, (10, 0.7, 2.8), 16)
+    assert models.find_heart(*arguments) == {"center": None, "zoom": (0.5, 2.0)}
+    seen[1, 10:14, 20:26], seen[1, 12, 22], seen[:, 30, 40:45] = 1, 3, 2       # 24 pixels of two classes; 15
+    assert models.find_heart(*arguments) == {"center": (12, 23), "zoom": (0.5, 2.0)}
+    assert asked == [(True, (0.5, 2.0))] * 2
+    assert models.find_heart(net, seen, None, 16)["zoom"] == (1, 1)
+    assert models.find_heart(*arguments, "whole") == {}
+
+
+def test_pick_device(monkeypatch):
+    for count, gpu, cpu, expected in ((0, None, False, "cpu"), (2, None, False, "cuda:0"), (2, 1, False, "cuda:1"),
+                                      (2, None, True, "cpu")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda n=count: n)
+        assert models.pick_device(gpu, cpu) == torch.device(expected)
+    for count, text in ((2, "devices 0 to 1"), (0, "no CUDA device")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda n=count: n)
+        with pytest.raises(models.DeviceError, match=f"--gpu 3: this machine has {text}"):
+            models.pick_device(3)
+
+
 def test_segment_volume_refuses(net):
     with pytest.raises(ValueError, match="Z, Y, X"):
         segment_volume(net, np.zeros((4, 4)), size=16)

@@ -1,0 +1,625 @@
+"""evaluate.py --predict, --onnx, --time and report.html: geometry, cines, other scanners, faults, kills, a browser."""
+import base64
+import errno
+import gzip
+import io
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import ndimage
+from test_evaluate import heart, read_csv, run, save, train_student, write_root
+
+import data_prep
+import evaluate
+from models import PIXEL, UNet, find_heart, largest_component, load_model, segment_volume, standardize
+
+SCRIPT = Path(evaluate.__file__)
+DATABASE = SCRIPT.parent.parent / "shared" / "acdc" / "database"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_acdc = pytest.mark.skipif(not DATABASE.is_dir(), reason="no ACDC files in ../shared/acdc")
+RESULTS = {f"_{k}" for k in ("seg.nii.gz", "overlay.png", "volumes.csv")}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run") / "best.pt"
+    student = train_student()
+    torch.manual_seed(1)
+    coteacher = UNet(2, 8)
+    coteacher.load_state_dict({k: v + 0.02 * torch.randn_like(v) if v.is_floating_point() else v
+                               for k, v in student.state_dict().items()})
+    save(path, dict(student=student, coteacher=coteacher))
+    return path
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Most of a prediction's time here; drawn in the tests that look at them."""
+    for name in ("draw_overlay", "draw_volumes"):
+        monkeypatch.setattr(evaluate, name, lambda path, *_: path.write_text("drawn"))
+
+
+def write_nifti(path, array, spacing=(8, PIXEL, PIXEL), dtype=np.float32, slope=None, order="<", kind=nib.Nifti1Image):
+    """(Z, Y, X) or (T, Z, Y, X) in 0..1 -> a file as ACDC's: zooms in the header, a sform that says 1 mm."""
+    scale = 1 if np.dtype(dtype).kind == "f" else 250
+    array = np.rint(array * scale) if scale > 1 else array
+    header = kind.header_class(endianness=order)
+    header.set_data_dtype(np.dtype(dtype).newbyteorder(order))
+    image = kind(np.asfortranarray(array.T.astype(dtype)), None, header)
+    image.header.set_zooms((*spacing[::-1], 0.04)[:array.ndim])
+    image.header.set_sform(np.array([[-1, 0, 0, 3], [0, -1, 0, 5], [0, 0, 1, 7], [0, 0, 0, 1]]), 2)
+    image.header["descrip"] = b"a scanner"
+    image.header["cal_max"] = 99
+    if slope:
+        image.header.set_slope_inter(*slope)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(image, path)
+    return path
+
+
+def frame(seed=28, phase="ED"):
+    return heart(seed, phase)[0]
+
+
+def truth(seed=28, phase="ED"):
+    return heart(seed, phase)[1]
+
+
+def cine(radii=(0.9, 1.0, 0.8, 0.6, 0.5, 0.7), seed=28):
+    """(T, Z, Y, X): one heart whose cavity and wall grow and shrink about its middle; ED is frame 2, ES frame 5."""
+    volume, frames = frame(seed), []
+    for r in radii:
+        z, y, x = np.mgrid[:6, :44, :48].astype(float)
+        frames.append(ndimage.map_coordinates(volume, [z, 22 + (y - 22) / r, 26 + (x - 26) / r], order=1,
+                                              mode="nearest"))
+    return np.array(frames, np.float32)
+
+
+def results(out):
+    """{name of a result: suffixes there}, hidden files too."""
+    found = {}
+    for p in sorted(Path(out).rglob("*")):
+        if p.is_file() and p.name != "predictions.csv":
+            stem, _, suffix = p.relative_to(out).as_posix().rpartition("_")
+            found.setdefault(stem, set()).add(f"_{suffix}")
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------- geometry
+
+@pytest.mark.usefixtures("no_pictures")
+def test_geometry_survives_on_every_dtype(capsys, tmp_path, checkpoint):
+    """Shape, zooms, both forms, their codes, spacing and origin of SimpleITK: as the source has them, whatever its
+    dtype, byte order, slope, compression or dimension; and the labels are those of segment_volume."""
+    sitk = pytest.importorskip("SimpleITK", reason="pip install SimpleITK")
+    variants = {f"{np.dtype(d)}": dict(dtype=d) for d in (np.uint8, np.int16, np.uint16, np.int32, np.float64)}
+    variants |= {"float32": {}, "big": dict(dtype=np.int16, order=">"), "slope": dict(dtype=np.int16, slope=(0.5, -3)),
+                 "nan": dict(dtype=np.float32, slope=(np.nan, np.nan)), "nifti2": dict(kind=nib.Nifti2Image)}
+    spacing = (8, 1.5, 1.3)
+    for name, more in variants.items():
+        suffix = ".nii" if name in ("big", "uint8") else ".nii.gz"
+        write_nifti(tmp_path / "in" / (name + suffix), frame(), spacing, **more)
+        write_nifti(tmp_path / "in" / (name + "_4d" + suffix), cine()[:2], spacing, **more)
+    code, _, stderr = run(capsys, checkpoint, "--predict", tmp_path / "in", "--out", tmp_path / "out", "--entropy")
+    assert (code, stderr) == (0, "")
+    sources = sorted((tmp_path / "in").iterdir())
+    assert len(sources) == 20
+    net, content = load_model(checkpoint)
+    focus = find_heart(net, frame(), spacing, **content["inference"])
+    expected = largest_component(segment_volume(net, frame(), **content["inference"], **focus))
+    assert evaluate.dice(expected, truth()).mean() > 0.8                                # a prediction worth a look
+    for source in sources:
+        stem = tmp_path / "out" / source.name.split(".nii")[0]
+        before = nib.load(source)
+        for kind, dtype in (("seg", np.uint8), ("entropy", np.float32)):
+            path = stem.with_name(f"{stem.name}_{kind}.nii.gz")
+            after = nib.load(path)
+            assert (after.shape, after.get_data_dtype().newbyteorder("=")) == (before.shape, dtype)
+            assert after.header.get_zooms() == before.header.get_zooms()
+            assert after.header.get_zooms()[:3] == pytest.approx(spacing[::-1])
+            np.testing.assert_array_equal(after.affine, before.affine)
+            for key in ("sform_code", "qform_code", "srow_x", "quatern_b", "qoffset_x", "xyzt_units", "pixdim"):
+                np.testing.assert_array_equal(after.header[key], before.header[key])
+            assert nib.aff2axcodes(after.affine) == nib.aff2axcodes(before.affine)
+            assert after.header["cal_max"] == 0
+            if "nifti2" not in source.name:                                             # ITK's build may lack it
+                a, b = (sitk.ReadImage(str(p)) for p in (path, source))
+                assert a.GetSize() == b.GetSize()
+                for get in ("GetSpacing", "GetOrigin", "GetDirection"):
+                    assert getattr(a, get)() == pytest.approx(getattr(b, get)())
+        labels = np.asanyarray(nib.load(f"{stem}_seg.nii.gz").dataobj).T
+        entropy = np.asanyarray(nib.load(f"{stem}_entropy.nii.gz").dataobj).T
+        if source.name.startswith(("float32", "nan")) and labels.ndim == 3:
+            np.testing.assert_array_equal(labels, expected)
+        reference = cine()[0] if labels.ndim == 4 else frame()
+        assert (labels.reshape(-1, *expected.shape)[0] == largest_component(segment_volume(
+            net, reference, **content["inference"], **find_heart(net, reference, spacing, **content["inference"])
+        ))).mean() > 0.99                                                               # rounded to 250 steps
+        assert 0 <= entropy.min() < 0.05
+        assert 0.3 < entropy.max() <= 1
+
+
+@needs_acdc
+@pytest.mark.usefixtures("no_pictures")
+def test_real_cine_and_official_patients(capsys, tmp_path, checkpoint):
+    sitk = pytest.importorskip("SimpleITK", reason="pip install SimpleITK")
+    sources = [DATABASE / "training" / "patient090" / "patient090_4d.nii.gz", DATABASE / "testing"]
+    code, stdout, stderr = run(capsys, checkpoint, "--predict", *sources, "--out", tmp_path)
+    assert (code, stderr) == (0, "")
+    assert "5 of 5 files" in stdout                                                     # no _gt among them
+    for path, source in ((tmp_path / "patient090_4d_seg.nii.gz", sources[0]),
+                         (tmp_path / "patient101" / "patient101_frame01_seg.nii.gz",
+                          sources[1] / "patient101" / "patient101_frame01.nii.gz")):
+        after, before = nib.load(path), nib.load(source)
+        assert after.shape == before.shape
+        assert after.header.get_zooms() == before.header.get_zooms()
+        a, b = (sitk.ReadImage(str(p)) for p in (path, source))
+        assert a.GetSpacing() == pytest.approx(b.GetSpacing())
+        assert a.GetDirection() == pytest.approx(b.GetDirection())
+
+
+# ------------------------------------------------------------------------------------------------------------ cines
+
+def test_cine(capsys, tmp_path, checkpoint):
+    """Volumes, ED, ES, EF and mass from the label maps that were written; curve and overlay; predictions.csv."""
+    source = write_nifti(tmp_path / "in" / "cine.nii.gz", cine())
+    code, stdout, _ = run(capsys, checkpoint, "--predict", source, "--out", tmp_path / "out")
+    assert code == 0
+    assert results(tmp_path / "out") == {"cine": RESULTS | {"_volumes.png"}}
+    labels = np.asanyarray(nib.load(tmp_path / "out" / "cine_seg.nii.gz").dataobj).T
+    rows = read_csv(tmp_path / "out" / "cine_volumes.csv")
+    ml = np.array([[np.count_nonzero(f == k) * 8 * PIXEL**2 / 1000 for k in (1, 2, 3)] for f in labels])
+    got = [[float(r[f"{c}_ml"]) for c in ("rv", "myo", "lv")] for r in rows]
+    np.testing.assert_allclose(got, ml, rtol=1e-5)
+    assert [r["phase"] for r in rows] == ["", "ED", "", "", "ES", ""]
+    assert [r["frame"] for r in rows] == list("123456")
+    table = read_csv(tmp_path / "out" / "predictions.csv")
+    assert len(table) == 1
+    row = table[0]
+    assert (row["file"], row["frames"], row["ED"], row["ES"], row["error"]) == (str(source), "6", "2", "5", "")
+    ef = 100 * (ml[1] - ml[4]) / ml[1]
+    assert ef[2] > 50
+    expected = dict(lv_edv=ml[1, 2], lv_esv=ml[4, 2], lv_ef=ef[2], rv_edv=ml[1, 0], rv_esv=ml[4, 0], rv_ef=ef[0],
+                    myo_mass=1.05 * ml[1, 1])
+    np.testing.assert_allclose([float(row[k]) for k in expected], list(expected.values()), rtol=1e-5)
+    assert f"LV EF {ef[2]:.1f} %" in stdout
+    assert f"mass {1.05 * ml[1, 1]:.1f} g" in stdout
+    for name, colors in (("overlay", evaluate.COLORS.values()), ("volumes", (evaluate.COLORS["LV"],))):
+        pixels = np.asarray(Image.open(tmp_path / "out" / f"cine_{name}.png").convert("RGB")).astype(int)
+        for color in colors:
+            rgb = [int(color[i:i + 2], 16) for i in (1, 3, 5)]
+            assert (np.abs(pixels - rgb).sum(-1) < 60).sum() > 300, (name, color)
+
+
+def test_nothing_found(capsys, tmp_path, checkpoint):
+    """No heart: empty label maps, no phases, no EF, and every file all the same; a cine of one frame is no cine."""
+    write_nifti(tmp_path / "in" / "flat.nii", np.zeros((2, 3, 40, 40), np.float32))
+    write_nifti(tmp_path / "in" / "single.nii", cine()[:1])
+    code, _, stderr = run(capsys, checkpoint, "--predict", tmp_path / "in", "--out", tmp_path / "out")
+    assert (code, stderr) == (0, "")
+    assert results(tmp_path / "out") == {"flat": RESULTS | {"_volumes.png"}, "single": RESULTS}
+    flat, single = read_csv(tmp_path / "out" / "predictions.csv")
+    labels = np.asanyarray(nib.load(tmp_path / "out" / "flat_seg.nii.gz").dataobj)
+    if not (labels == 3).any():
+        assert (flat["ED"], flat["lv_ef"]) == ("", "")
+    assert single["ED"] == ""
+    assert nib.load(tmp_path / "out" / "single_seg.nii.gz").shape == (48, 44, 6, 1)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_uncertainty(capsys, tmp_path, checkpoint):
+    """Disagreement and entropy by hand; without a second network an empty cell, without --entropy no map."""
+    source = write_nifti(tmp_path / "scan.nii", frame())
+    args = ["--predict", source, "--out", tmp_path / "out", "--no-find-heart", "--no-largest-component"]
+    assert run(capsys, checkpoint, *args, "--entropy")[0] == 0
+    row = read_csv(tmp_path / "out" / "scan_volumes.csv")[0]
+    (student, content), (coteacher, _) = (load_model(checkpoint, which=w) for w in ("student", "coteacher"))
+    labels, probs = segment_volume(student, frame(), **content["inference"], return_probs=True)
+    other = segment_volume(coteacher, frame(), **content["inference"])
+    expected = 1 - np.mean([2 * ((labels == k) & (other == k)).sum() / ((labels == k).sum() + (other == k).sum())
+                            for k in (1, 2, 3)])
+    assert 0.001 < expected < 0.9
+    assert float(row["disagreement"]) == pytest.approx(expected, rel=1e-4)
+    entropy = sum(-p * np.log(p + 1e-30) for p in probs.astype(float).transpose(1, 0, 2, 3)) / math.log(4)
+    assert float(row["entropy"]) == pytest.approx(entropy[labels > 0].mean(), rel=1e-3)
+    written = np.asanyarray(nib.load(tmp_path / "out" / "scan_entropy.nii.gz").dataobj).T
+    np.testing.assert_allclose(written, entropy, atol=1e-5)
+
+    alone = tmp_path / "alone.pt"
+    save(alone, dict(student=student))
+    assert run(capsys, alone, *args)[0] == 0
+    assert read_csv(tmp_path / "out" / "scan_volumes.csv")[0]["disagreement"] == ""
+    assert not (tmp_path / "out" / "scan_entropy.nii.gz").exists()                      # of the run before
+    assert run(capsys, checkpoint, *args, "--which", "coteacher")[0] == 0
+    np.testing.assert_array_equal(np.asanyarray(nib.load(tmp_path / "out" / "scan_seg.nii.gz").dataobj).T, other)
+
+
+# ---------------------------------------------------------------------------------------- other scanners, components
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(("spacing", "corner"), [(0.7, (0, 0)), (1.4, (0, 70)), (1.4, (70, 0)), (0.7, (60, 60))])
+def test_another_scanner(capsys, tmp_path, checkpoint, spacing, corner):
+    """Half the pixel size, a heart in a corner of the slice: found and resampled unless asked not to."""
+    shift = [(0, 0), *((c, 70 - c) for c in corner)]
+    arrays = [np.pad(a, shift) for a in heart(28, "ED")]
+    noise = np.random.default_rng(0).normal(0.12, 0.02, arrays[0].shape).astype(np.float32)
+    arrays[0] = np.where(arrays[0] == 0, noise, arrays[0])
+    if spacing != PIXEL:
+        arrays = [np.repeat(np.repeat(a, 2, 1), 2, 2) for a in arrays]
+    source = write_nifti(tmp_path / "scan.nii", arrays[0], (8, spacing, spacing))
+    scores = {}
+    for option in ("--find-heart", "--no-find-heart"):
+        assert run(capsys, checkpoint, "--predict", source, "--out", tmp_path / option, option)[0] == 0
+        labels = np.asanyarray(nib.load(tmp_path / option / "scan_seg.nii.gz").dataobj).T
+        scores[option] = evaluate.dice(labels, arrays[1]).mean()
+    assert scores["--find-heart"] > 0.75
+    assert scores["--find-heart"] > scores["--no-find-heart"] + 0.2
+
+
+def test_largest_component_by_hand():
+    labels = np.zeros((3, 6, 8), np.uint8)
+    labels[0, :2, :2] = labels[1, 0, 0] = 1                         # 5 voxels, over two slices
+    labels[0, 4, 4:7] = 1                                          # 3: goes
+    labels[2, 2, 2], labels[2, 3, 3] = 3, 3                        # joined by a corner only: one of them goes
+    kept = largest_component(labels)
+    assert (kept == 1).sum() == 5
+    assert (kept[0, 4] == 0).all()
+    assert (kept == 3).sum() == 1
+    assert kept.dtype == np.uint8
+    assert (largest_component(np.zeros((2, 3, 3), np.uint8)) == 0).all()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_options_reach_the_evaluation(capsys, monkeypatch, tmp_path, checkpoint):
+    """--largest-component and --find-heart raise the score of a heart off the centre with a second blob; the table
+    and summary.json say so; without them neither is done."""
+    root = write_root(tmp_path / "prepared", {"val": ["patient028"]})
+    monkeypatch.setattr(evaluate, "draw_agreement", lambda path, rows: path.write_text("") and None)
+    monkeypatch.setattr(evaluate, "write_report", lambda *_: None)
+    asked = []
+    monkeypatch.setattr(evaluate, "largest_component", lambda labels: asked.append("component") or labels)
+    monkeypatch.setattr(evaluate, "find_heart", lambda *a, **k: asked.append("find") or {})
+    for options, expected in ((["--find-heart", "--largest-component"], {"component", "find"}), ([], set())):
+        asked.clear()
+        code, stdout, _ = run(capsys, checkpoint, "--data", root, "--split", "val", "--out", tmp_path / "o", *options)
+        assert code == 0
+        assert set(asked) == expected
+        summary = json.loads((tmp_path / "o" / "summary.json").read_text())
+        assert (summary["find_heart"], summary["largest_component"]) == (bool(expected), bool(expected))
+        assert ("heart found and resampled, largest component per class" in stdout) == bool(expected)
+
+
+# ------------------------------------------------------------------------------------------------------------- names
+
+@pytest.mark.usefixtures("no_pictures")
+def test_names(capsys, tmp_path, checkpoint):
+    """Spaces, other alphabets, the same name in two folders or with two endings: a result each. Annotations and
+    earlier predictions in a folder are left alone, a file given twice is done once."""
+    inside = tmp_path / "Zoë's scans"
+    for name in ("ward 1/séance один.nii.gz", "ward 2/séance один.nii.gz", "ward 2/other.nii", "ward 2/other_gt.nii",
+                 "ward 2/other_seg.nii.gz", "ward 2/.other.nii", "ward 2/other_entropy.nii.gz"):
+        write_nifti(inside / name, frame())
+    (inside / "notes.txt").write_text("")
+    one, two = (inside / f"ward {i}" / "séance один.nii.gz" for i in (1, 2))
+    code, stdout, _ = run(capsys, checkpoint, "--predict", inside, one, "--out", tmp_path / "folder")
+    assert code == 0
+    assert sorted(results(tmp_path / "folder")) == ["ward 1/séance один", "ward 2/other", "ward 2/séance один"]
+    assert "3 of 3 files" in stdout
+    assert run(capsys, checkpoint, "--predict", one, two, "--out", tmp_path / "files")[0] == 0
+    assert sorted(results(tmp_path / "files")) == ["ward 1/séance один", "ward 2/séance один"]
+    assert run(capsys, checkpoint, "--predict", two, "--out", tmp_path / "one")[0] == 0
+    assert list(results(tmp_path / "one")) == ["séance один"]
+    write_nifti(inside / "ward 2" / "other.nii.gz", frame())
+    assert run(capsys, checkpoint, "--predict", inside / "ward 2", "--out", tmp_path / "endings")[0] == 0
+    assert sorted(results(tmp_path / "endings")) == ["other.nii", "other.nii.gz", "séance один.nii.gz"]
+
+
+# ------------------------------------------------------------------------------------------------------------ faults
+
+def damage(folder):
+    """Bad files of every kind -> {name: what its line must say}."""
+    write_nifti(folder / "whole.nii.gz", frame())
+    bytes_ = (folder / "whole.nii.gz").read_bytes()
+    (folder / "truncated.nii.gz").write_bytes(bytes_[:len(bytes_) // 2])
+    (folder / "text.nii").write_text("not an image")
+    (folder / "empty.nii.gz").write_bytes(b"")
+    holes = frame().copy()
+    holes[1, 2, 3] = np.nan
+    write_nifti(folder / "holes.nii", holes)
+    nib.save(nib.Nifti1Image(np.ones((50, 60), np.float32), np.eye(4)), folder / "flat.nii")
+    nib.save(nib.Nifti1Image(np.ones((9, 9, 2, 2, 2), np.float32), np.eye(4)), folder / "five.nii")
+    raw = bytearray(gzip.decompress(bytes_))
+    raw[80:84] = bytes(4)                                                               # pixdim[1] = 0
+    (folder / "zero.nii").write_bytes(raw)
+    write_nifti(folder / "metres.nii", frame(), (0.008, 0.0014, 0.0014))
+    os.mkfifo(folder / "pipe.nii")                                                      # waited for, it never ends
+    return {"truncated": "cannot be read", "text": "cannot be read", "empty": "cannot be read", "holes": "NaN",
+            "flat": "not a 3D or 4D image", "five": "not a 3D or 4D image", "zero": "spacing",
+            "metres": "write the true zooms, in mm", "pipe": "not a NIfTI file"}
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_bad_files_among_good_ones(capsys, tmp_path, checkpoint):
+    expected = damage(tmp_path / "in")
+    write_nifti(tmp_path / "in" / "zz last.nii", frame())
+    code, stdout, stderr = run(capsys, checkpoint, "--predict", tmp_path / "in", "--out", tmp_path / "out")
+    assert code == 1
+    assert "2 of 11 files segmented" in stdout
+    lines = stderr.splitlines()
+    assert len(lines) == len(expected)
+    table = {Path(r["file"]).name.split(".")[0]: r for r in read_csv(tmp_path / "out" / "predictions.csv")}
+    for name, text in expected.items():
+        told = [line for line in lines if f"{name}.nii" in line]
+        assert len(told) == 1
+        assert told[0].startswith("evaluate.py: ")
+        assert text in told[0]
+        assert text in table[name]["error"]
+    assert results(tmp_path / "out") == {"whole": RESULTS, "zz last": RESULTS}
+    code, _, stderr = run(capsys, checkpoint, "--predict", tmp_path / "in" / "flat.nii", "--out", tmp_path / "none")
+    assert (code, stderr.count("\n")) == (1, 1)
+    assert results(tmp_path / "none") == {}
+
+
+def test_wrong_use(capsys, tmp_path, checkpoint):
+    """One line, exit 2, nothing written: absent, empty or own folder, foreign checkpoint, no such device, full disk."""
+    source = write_nifti(tmp_path / "in" / "scan.nii", frame())
+    (tmp_path / "bare").mkdir()
+    save(tmp_path / "binary.pt", dict(student=UNet(2, 4, num_classes=2)))
+
+    def tell(*args, net=checkpoint):
+        code, stdout, stderr = run(capsys, net, *args)
+        assert (code, stdout, stderr.count("\n")) == (2, "", 1)
+        assert stderr.startswith("evaluate.py: ")
+        return stderr
+    out = ["--out", tmp_path / "out"]
+    assert "absent.nii: no such file" in tell("--predict", source, tmp_path / "absent.nii", *out)
+    assert "x: no such file" in tell("--predict", "x" * 300, *out)
+    assert "bare: holds no .nii" in tell("--predict", tmp_path / "bare", *out)
+    assert "give a folder apart" in tell("--predict", source, "--out", tmp_path / "in")
+    assert "1 channels to 2 classes" in tell("--predict", source, *out, net=tmp_path / "binary.pt")
+    assert "1 channels to 2 classes" in tell("--onnx", tmp_path / "out", net=tmp_path / "binary.pt")
+    assert "--gpu 99" in tell("--predict", source, *out, "--gpu", "99")
+    assert "scan.nii/out: Not a directory" in tell("--predict", source, "--out", source / "out")
+    if Path("/proc").is_dir():
+        assert "/proc/out: " in tell("--predict", source, "--out", "/proc/out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bare", "binary.pt", "in"]
+    assert [p.name for p in (tmp_path / "in").iterdir()] == ["scan.nii"]
+    for wrong in (["--predict"], ["--predict", source, "--time"], ["--which", "teacher"]):
+        with pytest.raises(SystemExit) as error:
+            run(capsys, checkpoint, *wrong)
+        assert error.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("step", ["nib.save", "_write_csv", "os.fsync"])
+def test_full_disk(capsys, monkeypatch, tmp_path, checkpoint, step):
+    """The second file finds no room: the first one's results stay whole, nothing of the second."""
+    for name in ("a.nii", "b.nii"):
+        write_nifti(tmp_path / "in" / name, frame())
+    owner, name = (evaluate.nib, "save") if step == "nib.save" else \
+        (evaluate, "_write_csv") if step == "_write_csv" else (evaluate.os, "fsync")
+    real, calls = getattr(owner, name), []
+    per_file = {"save": 1, "_write_csv": 1, "fsync": 3}[name]
+
+    def full(*args):
+        calls.append(args)
+        if len(calls) > per_file:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args)
+    monkeypatch.setattr(owner, name, full)
+    code, _, stderr = run(capsys, checkpoint, "--predict", tmp_path / "in", "--out", tmp_path / "out")
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "out: No space left on device" in stderr
+    assert results(tmp_path / "out") == {"a": RESULTS}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_killed(tmp_path, checkpoint, number):
+    """Whatever is there under its name is whole; after SIGTERM no temporary folder either."""
+    for i in range(40):
+        write_nifti(tmp_path / "in" / f"{i:02d}.nii", frame())
+    command = [sys.executable, SCRIPT, checkpoint, "--predict", tmp_path / "in", "--out", tmp_path / "out", "--cpu"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 60
+    while len(list((tmp_path / "out").glob("*_seg.nii.gz"))) < 2 or not list((tmp_path / "out").glob(".*")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(number)
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode != 0
+    assert "Traceback" not in stderr
+    done = {p.name for p in (tmp_path / "out").glob("*_seg.nii.gz")}
+    assert 2 <= len(done) < 40
+    for name in done:
+        assert nib.load(tmp_path / "out" / name).get_fdata().max() == 3
+        stem = name.removesuffix("_seg.nii.gz")
+        assert all((tmp_path / "out" / f"{stem}_{k}").stat().st_size for k in ("overlay.png", "volumes.csv"))
+    if number == signal.SIGTERM:
+        assert not [p for p in tmp_path.rglob(".*")]
+
+
+# ------------------------------------------------------------------------------------------- help, time, onnx, report
+
+def test_help_fits_a_screen(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as error:
+        evaluate.main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert error.value.code == 0
+    assert len(lines) <= 45
+    assert {"evaluation:", "evaluation and prediction:", "device:"} <= set(lines)
+    text = " ".join(" ".join(lines).split())
+    for default in ("[test]", "[the better one on val]", "[on in prediction]", "data/ACDC", "or predictions"):
+        assert default in text
+
+
+def test_time(capsys, monkeypatch, checkpoint):
+    real = evaluate.time_inference
+    monkeypatch.setattr(evaluate, "time_inference", lambda *a: real(*a, slices=1, frames=2))
+    code, stdout, _ = run(capsys, checkpoint, "--time", "--cpu")
+    assert code == 0
+    rows = re.findall(r"^(.+?) +([\d.]+) ms per slice \(fastest [\d.]+\) +([\d.]+) s per cine", stdout, re.M)
+    assert [r[0] for r in rows][:2] == ["torch fp32", "torch bf16"]
+    assert all(float(r[1]) > 0 and float(r[2]) >= 0 for r in rows)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A student of the real size, untrained, as checkpoint and as ONNX."""
+    pytest.importorskip("onnxscript", reason="pip install onnxscript")
+    pytest.importorskip("onnxruntime", reason="pip install onnxruntime")
+    folder = tmp_path_factory.mktemp("onnx")
+    torch.manual_seed(0)
+    net = UNet(4, 16)
+    for _ in range(3):                                              # statistics of batch norm that are not 0 and 1
+        net(torch.randn(2, 1, 64, 64) * 2)
+    save(folder / "best.pt", dict(student=net), inference=dict(view="heart", size=144))
+    assert evaluate.main([str(folder / "best.pt"), "--onnx", str(folder / "net.onnx"), "--cpu"]) == 0
+    assert sorted(p.name for p in folder.iterdir()) == ["best.pt", "net.onnx"]
+    return folder
+
+
+def onnx_logits(path, slices):
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return session, session.run(None, {"slices": slices})[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(1, 1, 144, 144), (3, 1, 70, 51), (2, 1, 9, 200), (1, 1, 1, 1)])
+def test_onnx_of_any_size(exported, shape):
+    net, _ = load_model(exported / "best.pt")
+    x = np.random.default_rng(0).normal(300, 90, shape).astype(np.float32)
+    session, got = onnx_logits(exported / "net.onnx", x)
+    expected = net(standardize(torch.from_numpy(x))).numpy()
+    assert got.shape == (shape[0], 4, *shape[2:])
+    assert np.abs(got - expected).max() < 1e-4
+    assert expected.std() > 0.01 or shape == (1, 1, 1, 1)
+    meta = session.get_modelmeta().custom_metadata_map
+    assert meta["classes"] == "background,RV,MYO,LV"
+    assert (meta["size"], meta["view"]) == ("144", "heart")
+    assert "standardises each slice" in meta["preprocessing"]
+
+
+@needs_acdc
+@torch.no_grad()
+def test_onnx_on_ten_real_slices(exported):
+    array, _, _ = data_prep.load_nifti(DATABASE / "testing" / "patient101" / "patient101_frame01.nii.gz")
+    x = np.ascontiguousarray(array.astype(np.float32)[:10, None])
+    assert len(x) == 10
+    _, got = onnx_logits(exported / "net.onnx", x)
+    net, _ = load_model(exported / "best.pt")
+    assert np.abs(got - net(standardize(torch.from_numpy(x))).numpy()).max() < 1e-4
+
+
+def test_readme_example_runs_without_torch(exported, tmp_path):
+    """The README's lines as they stand, torch and this repository out of reach, give segment_volume's labels."""
+    blocks = re.findall(r"```python\n(.*?)```", (SCRIPT.parent / "README.md").read_text(encoding="utf-8"), re.S)
+    code = next(b for b in blocks if "onnxruntime" in b)
+    assert len(code.splitlines()) <= 22
+    assert set(re.findall(r"^(?:import|from) (\w+)", code, re.M)) == {"numpy", "nibabel", "onnxruntime"}
+    shutil.copy(exported / "net.onnx", tmp_path / "student.onnx")
+    image = np.random.default_rng(0).random((7, 200, 130)).astype(np.float32)
+    write_nifti(tmp_path / "scan.nii.gz", image)
+    (tmp_path / "torch.py").write_text("raise ImportError('torch is out of reach')")
+    (tmp_path / "example.py").write_text(code, encoding="utf-8")
+    done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    net, content = load_model(exported / "best.pt")
+    expected = segment_volume(net, image, **content["inference"])
+    written = nib.load(tmp_path / "scan_seg.nii.gz")
+    assert written.header.get_zooms() == nib.load(tmp_path / "scan.nii.gz").header.get_zooms()
+    got = np.asanyarray(written.dataobj).T
+    assert len(np.unique(expected)) > 1
+    assert (got == expected).mean() > 0.9999
+
+
+def test_onnx_without_onnxscript(capsys, monkeypatch, tmp_path, checkpoint):
+    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
+    code, stdout, stderr = run(capsys, checkpoint, "--onnx", tmp_path / "net.onnx")
+    assert (code, stdout) == (2, "")
+    assert stderr == "evaluate.py: --onnx wants the package onnxscript: pip install onnxscript\n"
+    assert not (tmp_path / "net.onnx").exists()
+
+
+def test_onnx_whole_or_not_at_all(capsys, monkeypatch, tmp_path, checkpoint):
+    """The exporter stands aside here: what it saves finds no room."""
+    (tmp_path / "net.onnx").write_text("before")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    model = SimpleNamespace(metadata_props={}, opset_imports={"": 20})
+    program = SimpleNamespace(model=model, save=lambda path: path.write_text("half"))
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: program)
+    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(os, "fsync", full)
+    code, _, stderr = run(capsys, checkpoint, "--onnx", tmp_path / "net.onnx")
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "net.onnx: No space left" in stderr
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("net.onnx", "before")]
+
+
+def browse(tmp_path, page, *args):
+    """Offline, a profile of its own."""
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+             "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}"]
+    return subprocess.run([CHROMIUM, *flags, *args, page.as_uri()], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium: apt-get install chromium")
+def test_report_in_a_browser(capsys, tmp_path, checkpoint):
+    """Figures of the summary in the page that a browser builds; every picture is inside, and is painted; markup in a
+    name stays text."""
+    root = write_root(tmp_path / "a <b>&", {"val": ["patient028", "patient085", "patient082"]})
+    out = tmp_path / "out"
+    assert run(capsys, checkpoint, "--data", root, "--split", "val", "--out", out)[0] == 0
+    summary = json.loads((out / "summary.json").read_text())
+    alone = tmp_path / "elsewhere.html"
+    shutil.move(out / "report.html", alone)
+    shutil.rmtree(out)
+    dom = browse(tmp_path, alone, "--dump-dom").stdout
+    dice = summary["metrics"]["dice"]["mean"]
+    assert f"<td>{dice['mean']:.4f} ± {dice['sd']:.4f}</td>" in dom
+    assert f"<td>{summary['clinical']['lv_ef']['r']:.3f}</td>" in dom
+    assert "a &lt;b&gt;&amp;" in dom
+    assert "<b>" not in dom
+    assert "largest_component" in dom                                                   # the configuration
+    pictures = re.findall(r'<img[^>]* src="([^"]*)"', dom)
+    assert len(pictures) == 4
+    assert not re.search(r'(src|href)="(?!data:)', dom)
+    shot = tmp_path / "shot.png"
+    browse(tmp_path, alone, f"--screenshot={shot}", "--window-size=1200,6000")
+    pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
+    for color in (*evaluate.COLORS.values(), "#2a6fb0", "#c23b4b"):                      # contours, dots, bias
+        rgb = [int(color[i:i + 2], 16) for i in (1, 3, 5)]
+        assert (np.abs(pixels - rgb).sum(-1) < 90).sum() > 200, color
+    sizes = [Image.open(io.BytesIO(base64.b64decode(p.partition(",")[2]))).size for p in pictures]
+    black = (pixels.max(-1) < 30).sum()                                                 # the overlays' background
+    assert black > 0.1 * sum(w * h for w, h in sizes[1:])
