@@ -121,12 +121,14 @@ def read_info(folder):
     """Info.cfg of a patient's folder -> {"ED": 1, "ES": 12, "Group": "DCM", ...}."""
     path, remedy = Path(folder) / "Info.cfg", "restore it from the release"
     require(path.is_file() and os.access(path, os.R_OK), path, "absent or not readable", remedy)
-    lines = path.read_bytes()[:65536].decode("utf-8", "replace").splitlines()
+    with open(path, "rb") as f:
+        lines = f.read(65536).decode("utf-8", "replace").splitlines()
     info = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     for phase in PHASES:
         require(re.fullmatch("[0-9]{1,4}", info.get(phase, "")), path, f"no frame number for {phase}", remedy)
         info[phase] = int(info[phase])
-    require(info.get("Group"), path, "no Group", remedy)
+    require(info["ED"] != info["ES"], path, f"ED and ES are both frame {info['ED']}", remedy)
+    require(re.fullmatch(r"\w{1,32}", info.get("Group", "")), path, "no Group", remedy)
     return info
 
 
@@ -139,8 +141,9 @@ def read_patient(folder, needs_label):
         require(path.exists(), path, f"absent, but Info.cfg says {phase}: {info[phase]}", "restore it from the release")
         v, spacing, _ = load_nifti(path)
         require(v.ndim == 3, path, f"{v.ndim}D where one 3D frame belongs", remedy)
-        v, label = v.astype(np.float32), None
-        low, high = v.min(), v.max()
+        with np.errstate(over="ignore"):  # refused below
+            v, label = v.astype(np.float32), None
+            low, high = v.min(), v.max()
         require(0 < high - low < np.inf, path, f"every voxel is {low} or the range overflows", remedy)
         if needs_label or truth.exists():
             label = load_nifti(truth)[0]
@@ -184,7 +187,8 @@ def read_h5(path, ndim):
                 numbers = len(d.shape or ()) == ndim and d.dtype.kind in "iuf"
                 require(numbers, path, f"{key} is {d.dtype} of shape {d.shape}, not {ndim}D numbers")
                 room = min(MAX_VOXELS, DEFLATE * os.path.getsize(path))
-                require(0 < d.size <= room, path, f"{key} claims {d.shape}, more than the file can hold")
+                claims = max(d.size, math.prod(d.chunks or ()))  # a chunk is read whole, and may exceed the array
+                require(d.size > 0 and claims <= room, path, f"{key} claims {d.shape}, more than the file can hold")
                 data[key] = d[()]
             attrs = {key: str(h.attrs[key]) for key in ("group", "source") if key in h.attrs}
             if "spacing" in h.attrs:
@@ -213,6 +217,7 @@ def h5_path(root, name):
 def read_list(root, split, pattern=VOLUME):
     """The names in <split>.list, in its order: ["patient028_frame01", ...]."""
     path = Path(root) / f"{split}.list"
+    require(path.is_file() or not path.exists(), path, "is not a file")  # a named pipe would be waited for
     try:
         names = path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as e:
@@ -465,7 +470,7 @@ def check(root):
     names = [*slices, *(n for s in splits if s != "train" for n in lists[s] if owner[n[:10]] == s)]
     paths = {h5_path(root, n).relative_to(root).as_posix(): n for n in names}
     if sums and not faults and (odd := sorted(set(sums) ^ set(paths))):
-        fault("manifest.json", f"{len(odd)} files are in it or in the lists, but not in both, first {odd[0]}")
+        fault("manifest.json", f"{len(odd)} files are in it or in the lists, but not in both, first {odd[0]!r}")
     for path, name in tqdm(paths.items(), desc="check", unit="file", disable=None):
         image, label, _ = attempt(read_h5, root / path, 2 if "_slice_" in name else 3) or (None, None, None)
         if image is not None and label is None and owner.get(name[:10]) != "official":
@@ -479,6 +484,7 @@ def read_checksums(root):
     """{path below ROOT: SHA-256} from manifest.json, or None in the community's copy."""
     path = root / "manifest.json"
     if path.exists():
+        require(path.is_file(), path, "is not a file")
         with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             return dict(json.loads(path.read_bytes())["sha256"])
         raise DataError(f"{path}: not a manifest; prepare the data again")
@@ -632,16 +638,24 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv=None):
     """The command line -> exit code: 0, 1 where --check finds faults, 2 for a user's error, 130 for Ctrl-C."""
-    parser = Parser(description="ACDC, or a phantom, to HDF5 slices and volumes with the split's lists.")
-    parser.add_argument("raw", nargs="?", help="folder that holds ACDC's training/ and testing/")
-    parser.add_argument("out", nargs="?", help="prepared folder (default data/ACDC)")
-    parser.add_argument("--allow-missing", action="store_true", help="go on without the patients that RAW lacks")
-    parser.add_argument("--phantom", nargs="?", const="data/phantom", metavar="OUT",
-                        help="make a synthetic cohort and convert it (default data/phantom)")  # fmt: skip
-    parser.add_argument("--patients", type=int, default=20, help="of the phantom, 6 to 80 (default 20)")
-    parser.add_argument("--seed", type=int, default=0, help="of the phantom (default 0)")
-    parser.add_argument("--check", metavar="OUT", help="report the faults of a prepared folder")
-    parser.add_argument("--workers", type=int, help="processes (default one per core)")
+    parser = Parser(
+        description="ACDC, or a phantom, to HDF5 slices and volumes with the split's lists.",
+        usage="%(prog)s RAW [OUT] [--allow-missing] [--workers N]\n"
+        "       %(prog)s --phantom [OUT] [--patients N] [--seed N] [--workers N]\n       %(prog)s --check OUT",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=118),
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="processes [one per core]")
+    group = parser.add_argument_group("the raw release")
+    group.add_argument("raw", metavar="RAW", nargs="?", help="folder that holds ACDC's training/ and testing/")
+    group.add_argument("out", metavar="OUT", nargs="?", default="data/ACDC", help="prepared folder [data/ACDC]")
+    group.add_argument("--allow-missing", action="store_true", help="go on without the patients that RAW lacks")
+    group = parser.add_argument_group("a synthetic cohort")
+    text = "make it in OUT/raw and convert it in OUT [data/phantom]"
+    group.add_argument("--phantom", nargs="?", const="data/phantom", metavar="OUT", help=text)
+    group.add_argument("--patients", type=int, default=20, metavar="N", help="6 to 80 [20]")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same bytes [0]")
+    group = parser.add_argument_group("a prepared folder")
+    group.add_argument("--check", metavar="OUT", help="report its faults")
     args = parser.parse_args(argv)
     if sum(a is not None for a in (args.raw, args.phantom, args.check)) != 1:
         parser.error("give one of RAW, --phantom and --check")
@@ -656,8 +670,7 @@ def main(argv=None):
         if args.phantom is not None:
             out, manifest = args.phantom, make_phantom(args.phantom, args.patients, args.seed, args.workers)
         else:
-            out = args.out or "data/ACDC"
-            manifest = convert(args.raw, out, args.allow_missing, args.workers)
+            out, manifest = args.out, convert(args.raw, args.out, args.allow_missing, args.workers)
     except (DataError, OSError) as e:
         print(f"{parser.prog}: {e}", file=sys.stderr)
         return 2

@@ -193,6 +193,9 @@ def save_checkpoint(path, content, previous=None):
         if previous and path.exists():
             os.replace(path, previous)
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:              # RuntimeError: torch's word for a write that failed half-way
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{path}: cannot be written ({reason}); free some space, what was there is whole") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -203,7 +206,9 @@ def load_checkpoint(path, device="cpu"):
         what = "not a file" if os.path.exists(path) else "no such checkpoint"
         raise CheckpointError(f"{path}: {what}; train one with train_actnet.py")
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                                                # a foreign pickle's protocol
+            content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:                           # torch.load raises a dozen kinds for damaged or foreign files
         kind = type(error).__name__
         raise CheckpointError(f"{path}: damaged, or not a checkpoint of tensors ({kind}); train it again") from None

@@ -18,15 +18,18 @@ Image Segmentation", ICIP 2022, arXiv 2207.01900. Where this script departs from
 """
 import argparse
 import csv
+import hashlib
+import io
 import json
 import math
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -54,8 +57,12 @@ class UserError(Exception):
     """Something the user can mend: one line, exit code 2."""
 
 
-def option(default, text, choices=None, group=None):
-    return field(default=default, metadata=dict(help=text, choices=choices, group=group))
+def flag(key):
+    return "--" + key.replace("_", "-")
+
+
+def option(default, text, choices=None, group=None, low=0, high=10**9):
+    return field(default=default, metadata=dict(help=text, choices=choices, group=group, low=low, high=high))
 
 
 @dataclass
@@ -63,41 +70,63 @@ class Config:
     data: str = option("data/ACDC", "prepared folder", group="run")
     out: str = option("", "run folder [runs/METHOD-LABELED-seedSEED]")
     table: str = option("", "CSV to which the finished run appends its val scores")
-    labeled: int = option(7, "annotated patients, first of the train order; the rest without labels")
-    gpu: int = option(-1, "CUDA device [the first, if any]")
+    labeled: int = option(7, "annotated patients, first of the train order; the rest without labels", low=1)
+    gpu: int = option(-1, "CUDA device [the first, if any]", low=-1)
     cpu: bool = option(False, "train on the CPU")
-    seed: int = option(0, "of weights, batches and augmentation")
-    iters: int = option(30000, "steps")
+    seed: int = option(0, "of weights, batches and augmentation", high=2**63 - 1)
+    iters: int = option(30000, "steps", low=1)
     minutes: float = option(0.0, "stop and save after so long; 0: never")
-    val_every: int = option(500, "steps between validations and checkpoints")
-    log_every: int = option(20, "steps between rows of log.csv")
+    val_every: int = option(500, "steps between validations and checkpoints", low=1)
+    log_every: int = option(20, "steps between rows of log.csv", low=1)
     precision: str = option("auto", "auto: bf16 where the device computes in it", ("auto", "bf16", "fp32"))
     compile: bool = option(False, "torch.compile the networks; did not pay on a CPU")
     deterministic: bool = option(False, "only kernels that repeat bit for bit, slower on a GPU")
-    batch: int = option(24, "slices per step", group="data")
-    labeled_batch: int = option(12, "of these with labels")
+    batch: int = option(24, "slices per step", group="data", low=1, high=2**16)
+    labeled_batch: int = option(12, "of these with labels", low=1)
     cache: str = option("auto", "where slices wait; auto: the first that fits", ("auto", "device", "ram", "disk"))
-    size: int = option(160, "side of the training window, pixels")
+    size: int = option(160, "side of the training window, pixels", low=8, high=2048)
     view: str = option("heart", "heart: centre, native resolution; whole: slice squeezed", ("heart", "whole"))
-    intensity: float = option(1.0, "strength of gamma, contrast, brightness and noise")
-    cutmix: float = option(0.5, "probability that an unlabelled slice gets a box of another")
+    intensity: float = option(1.0, "strength of gamma, contrast, brightness and noise", high=10)
+    cutmix: float = option(0.5, "probability that an unlabelled slice gets a box of another", high=1)
     method: str = option("act", "labelled only; + co-teacher; + teacher; all", ("sup", "mt", "kd", "act"), "networks")
     network: str = option("student", "which is trained; teacher: sup, mt", ("student", "teacher"))
-    teacher: tuple = option((6, 64), "depth and base width")
-    student: tuple = option((4, 16), "depth and base width")
+    teacher: tuple = option((6, 64), "depth and base width", low=1, high=4096)
+    student: tuple = option((4, 16), "depth and base width", low=1, high=4096)
     teacher_ckpt: str = option("", "best.pt of a teacher: frozen instead of trained along")
     init: str = option("", "best.pt that the student starts from")
-    ema: float = option(0.99, "decay of the co-teacher")
+    ema: float = option(0.99, "decay of the co-teacher", high=1)
     optimizer: str = option("adamw", "weight decay 0.05; or momentum 0.9, weight decay 1e-4", ("adamw", "sgd"))
-    lr: float = option(3e-3, "first learning rate; falls as (1 - step / iters) ** 0.9")
+    lr: float = option(3e-3, "first learning rate; falls as (1 - step / iters) ** 0.9", low=1e-15, high=10)
     dice: str = option("linear", "p + y, foreground; p^2 + y^2, all classes", ("linear", "squared"), "losses")
     distill: str = option("kl", "distance of L_kd", ("kl", "mse"))
-    tau: float = option(1.0, "temperature of L_kd")
-    lambda_kd: float = option(1.0, "weight of L_kd")
+    tau: float = option(1.0, "temperature of L_kd", low=0.01, high=1000)
+    lambda_kd: float = option(1.0, "weight of L_kd", high=1000)
     consistency: str = option("pseudo", "L_co: Dice + CE on hard labels; of probabilities", ("pseudo", "mse"))
-    confidence: float = option(0.9, "pseudo: co-teacher's probability that a pixel needs to count")
-    lambda_co: float = option(1.0, "weight of L_co")
-    ramp: float = option(0.5, "part of the run over which both weights rise as exp(-5 (1 - t)^2)")
+    confidence: float = option(0.9, "pseudo: co-teacher's probability that a pixel needs to count", high=1)
+    lambda_co: float = option(1.0, "weight of L_co", high=1000)
+    ramp: float = option(0.5, "part of the run over which both weights rise as exp(-5 (1 - t)^2)", high=1)
+
+    def __post_init__(self):
+        """Each value of its default's type and within its bounds, from wherever it came: options or a checkpoint."""
+        for f in fields(self):
+            name, value, low, high = flag(f.name), getattr(self, f.name), f.metadata["low"], f.metadata["high"]
+            parts, defaults = (v if isinstance(v, tuple) else (v,) for v in (value, f.default))
+            if [type(v) for v in parts] != [type(v) for v in defaults] or type(value) is not type(f.default):
+                raise UserError(f"{name} {value!r}: not of the kind of {f.default!r}")
+            if f.metadata["choices"] and value not in f.metadata["choices"]:
+                raise UserError(f"{name} {value!r}: choose from {', '.join(f.metadata['choices'])}")
+            if type(parts[0]) in (int, float) and not all(low <= v <= high for v in parts):        # NaN fails too
+                raise UserError(f"{name} {' '.join(map(str, parts))}: must lie between {low} and {high}")
+        if self.labeled_batch > self.batch:
+            raise UserError(f"--labeled-batch {self.labeled_batch}: must lie between 1 and --batch {self.batch}")
+        if self.network == "teacher" and self.method in ("kd", "act"):
+            raise UserError(f"--network teacher --method {self.method}: the teacher is trained alone, with sup or mt")
+        if self.teacher_ckpt and self.method not in ("kd", "act"):
+            raise UserError(f"--teacher-ckpt {self.teacher_ckpt}: --method {self.method} has no teacher; kd and act do")
+        for key in ("student", "teacher"):
+            depth, base = getattr(self, key)
+            if depth > 12 or base * 2**(depth - 1) > 4096:
+                raise UserError(f"--{key} {depth} {base}: wider than 4096 channels at its lowest level")
 
 
 PRESETS = {
@@ -130,6 +159,8 @@ class Slices:
         # A turned and scaled window of `size` mostly stays inside size + 64.
         self.side = cfg.size + 64 if cfg.view == "heart" else cfg.size
         self.names = names = data_prep.read_list(cfg.data, "train_slices", data_prep.SLICE)
+        if not names:
+            raise UserError(f"{cfg.data}/train_slices.list: empty; prepare the data with data_prep.py")
         patients = list(dict.fromkeys(name[:10] for name in names))
         if not 1 <= cfg.labeled <= len(patients):
             raise UserError(f"--labeled {cfg.labeled}: {cfg.data} holds {len(patients)} training patients")
@@ -165,7 +196,7 @@ class Slices:
     def indices(self, step):
         """The step's slices, labelled first: passes over each pool, every pass in an order of its own."""
         n_labeled, n_all, cfg = self.n_labeled, len(self.names), self.cfg
-        semi = cfg.method != "sup" and n_labeled < n_all
+        semi = cfg.method != "sup" and n_labeled < n_all and cfg.labeled_batch < cfg.batch
         parts = [(0, n_labeled, cfg.labeled_batch if semi else cfg.batch)]
         if semi:
             parts.append((n_labeled, n_all - n_labeled, cfg.batch - cfg.labeled_batch))
@@ -248,6 +279,15 @@ def bf16_pays(device):
     return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
+def fingerprint(root):
+    """SHA-256 of the slices and volumes that a run reads: another set would silently be another run."""
+    sha = hashlib.sha256()
+    for split, pattern in (("train_slices", data_prep.SLICE), ("val", data_prep.VOLUME)):
+        for name in data_prep.read_list(root, split, pattern):
+            sha.update(name.encode() + data_prep.h5_path(root, name).read_bytes())
+    return sha.hexdigest()
+
+
 def validate(net, volumes, inference):
     """Mean Dice over the volumes per class (RV, MYO, LV), on the native grid."""
     return np.mean([evaluate.dice(segment_volume(net, v.image, **inference), v.label) for v in volumes], axis=0)
@@ -291,9 +331,10 @@ def draw_curves(run):
     left.set(yscale="log", title="training losses")
     right.set(title="mean Dice on val")
     figure.tight_layout()
-    figure.savefig(run / ".curves.tmp.png", dpi=90)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=90)
     plt.close(figure)
-    os.replace(run / ".curves.tmp.png", run / "curves.png")
+    data_prep.write_atomic(run / "curves.png", png.getvalue())
 
 
 # ----------------------------------------------------------------------------------------------- several processes
@@ -383,7 +424,11 @@ class ActNet:
             self.averaged, self.copied = ([[v for v in state if v.is_floating_point() == real] for state in states]
                                           for real in (True, False))
         if cfg.method in ("kd", "act") and cfg.teacher_ckpt:
-            self.nets["teacher"] = models.load_model(cfg.teacher_ckpt, device)[0].requires_grad_(False)
+            self.nets["teacher"] = teacher = models.load_model(cfg.teacher_ckpt, device)[0].requires_grad_(False)
+            for key in ("in_channels", "num_classes"):
+                if teacher.architecture[key] != student.architecture[key]:
+                    raise UserError(f"--teacher-ckpt {cfg.teacher_ckpt}: {key} {teacher.architecture[key]}, "
+                                    f"the student's is {student.architecture[key]}")
         elif cfg.method in ("kd", "act"):
             self.nets["teacher"] = trained["teacher"] = UNet(*cfg.teacher).to(device, **layout)
         parameters = [p for net in trained.values() for p in net.parameters()]
@@ -473,16 +518,13 @@ def prepare(cfg):
     local = dist.is_initialized() and torch.cuda.is_available()                  # torchrun: a GPU for each process
     gpu = int(os.environ["LOCAL_RANK"]) if local else None if cfg.gpu == -1 else cfg.gpu
     device = pick_device(gpu, cfg.cpu)
-    if cfg.network == "teacher" and cfg.method in ("kd", "act"):
-        raise UserError(f"--network teacher --method {cfg.method}: the teacher is trained alone, with sup or mt")
-    if not 1 <= cfg.labeled_batch <= cfg.batch:
-        raise UserError(f"--labeled-batch {cfg.labeled_batch}: must lie between 1 and --batch {cfg.batch}")
+    trained = [cfg.network] + ["teacher"] * (cfg.method in ("kd", "act") and not cfg.teacher_ckpt)
+    for key, (depth, base) in ((key, getattr(cfg, key)) for key in trained):
+        if cfg.size < 2**depth:                                 # batch norm would meet a single pixel
+            raise UserError(f"--{key} {depth} {base}: needs --size {2**depth} at least, not {cfg.size}")
     size = world()[1]
     if cfg.batch % size or cfg.labeled_batch % size:
         raise UserError(f"--batch {cfg.batch} --labeled-batch {cfg.labeled_batch}: {size} processes want multiples")
-    for key in ("iters", "size", "val_every", "log_every", "tau"):
-        if getattr(cfg, key) <= 0:
-            raise UserError(f"--{key.replace('_', '-')} {getattr(cfg, key)}: must be positive")
     torch.backends.cudnn.benchmark = not cfg.deterministic
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -499,23 +541,38 @@ def train(cfg, resume=None):
     volumes = [data_prep.read_volume(cfg.data, name) for name in data_prep.read_list(cfg.data, "val")]
     if not volumes:
         raise UserError(f"{cfg.data}/val.list: empty; the best checkpoint is chosen on val")
+    for v in volumes:
+        if v.label is None:
+            raise UserError(f"{cfg.data}: {v.name} of val.list holds no label; prepare the data again")
     # A little more than was trained on: enough to hold every heart but the largest; far more costs a point of Dice.
     inference = dict(view=cfg.view, size=cfg.size * 9 // 8 if cfg.view == "heart" else cfg.size)
 
     run, start, trained_s, best = Path(cfg.out), 0, 0.0, dict(step=-1, score=-1.0)
+    digest = fingerprint(cfg.data)
     if resume:
-        for name, net in nets.items():
-            net.load_state_dict(resume["networks"][name])
-        act.optimizer.load_state_dict(resume["optimizer"])
         start, trained_s, best = resume["step"], resume["seconds"], resume["best"]
-        if start >= cfg.iters:
+        if start >= cfg.iters and (run / "summary.json").exists():
             raise UserError(f"--resume {run}: finished at step {start}; a larger --iters goes on")
+        if resume.get("data") != digest:
+            raise UserError(f"--data {cfg.data}: not the slices and volumes that {run} began with; give those")
+        try:
+            for name, net in nets.items():
+                net.load_state_dict(resume["networks"][name])
+            act.optimizer.load_state_dict(resume["optimizer"])
+            tensors = sum(len(group["params"]) for group in act.optimizer.param_groups)
+            if len(act.optimizer.state) != tensors:
+                raise ValueError(f"the optimiser's state is of {len(act.optimizer.state)} of {tensors} tensors")
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = data_prep.one_line(error)
+            raise UserError(f"--resume {run}: the checkpoint's state does not fit its config ({reason})") from None
     if rank == 0:
         if resume:
+            (run / "summary.json").unlink(missing_ok=True)
             keep_log_until(run / "log.csv", start)
         else:
-            (run / "config.json").write_text(json.dumps(describe(cfg, device, slices, nets), indent=1) + "\n")
-            (run / "log.csv").write_text(",".join(COLUMNS) + "\n")
+            about = json.dumps(describe(cfg, device, slices, nets), indent=1) + "\n"
+            data_prep.write_atomic(run / "config.json", about.encode())
+            data_prep.write_atomic(run / "log.csv", (",".join(COLUMNS) + "\n").encode())
         sizes = ", ".join(f"{k} {count_parameters(n) / 1e6:.2f} M" for k, n in nets.items())
         print(f"{run}: {cfg.method}, {len(slices.patients)} labelled patients ({slices.n_labeled} of "
               f"{len(slices.names)} slices, cache {slices.cache}), {sizes}, {device}, {act.precision}", flush=True)
@@ -523,10 +580,23 @@ def train(cfg, resume=None):
     def save(step):
         save_checkpoint(run / "last.pt", dict(
             networks={k: n.state_dict() for k, n in nets.items()}, optimizer=act.optimizer.state_dict(), step=step,
-            seconds=trained_s, best=best, config=asdict(cfg), architecture=nets["student"].architecture,
+            seconds=trained_s, best=best, config=asdict(cfg), data=digest, architecture=nets["student"].architecture,
             inference=inference, better="student"), previous=run / "previous.pt")
 
-    history, val, began, marked = [], {}, time.perf_counter(), None
+    def refuse(step, problem):
+        names = " ".join(slices.names[i] for i in slices.indices(step)[0])
+        raise UserError(f"step {step}: {problem}; slices {names}; the checkpoint before it is in {run}; "
+                        "a lower --lr or --precision fp32 may help")
+
+    def finite(history, done):
+        """The steps' terms (steps, 6), of which none is NaN or infinite. Waits for the device."""
+        terms = torch.stack(history).cpu().numpy()
+        for step in np.flatnonzero(~np.isfinite(terms).all(1))[:1]:
+            refuse(done - len(terms) + int(step),
+                   ", ".join(f"{k} {v:.3g}" for k, v in zip(TERMS, terms[step], strict=True)))
+        return terms
+
+    history, val, began, marked, done = [], {}, time.perf_counter(), None, start
     with watched(cfg.iters, start) as (bar, stop):
         for step, batch in enumerate(slices.batches(start, cfg.iters), start):
             if marked is None:
@@ -535,6 +605,8 @@ def train(cfg, resume=None):
 
             done = step + 1
             bar.update()
+            if len(history) % 20 == 0:                                                  # found at most 20 steps late
+                finite(history, done)
             out_of_time = cfg.minutes and time.perf_counter() - began > 60 * cfg.minutes
             due = done % cfg.log_every == 0 or done % cfg.val_every == 0 or done == cfg.iters
             if device.type == "cpu" and done == start + 8 and rank == 0:
@@ -552,14 +624,11 @@ def train(cfg, resume=None):
                 continue
 
             # Everything below waits for the device; nothing above does.
-            terms = torch.stack(history).cpu().numpy()                                              # (steps, 6)
-            bad = np.flatnonzero(~np.isfinite(terms).all(1))
-            if len(bad):
-                at = done - len(terms) + int(bad[0])
-                names = [slices.names[i] for i in slices.indices(at)[0]]
-                values = ", ".join(f"{k} {v:.3g}" for k, v in zip(TERMS, terms[bad[0]], strict=True))
-                raise UserError(f"step {at}: {values}; slices {' '.join(names)}; the checkpoint before it is in {run}; "
-                                "a lower --lr or --precision fp32 may help")
+            terms = finite(history, done)
+            saves = done % cfg.val_every == 0 or last
+            for name, net in nets.items() if saves else ():      # a loss may be finite and its gradient not
+                if not all(v.isfinite().all() for v in net.state_dict().values()):
+                    refuse(step, f"the {name}'s weights are no longer finite")
             seconds, history = time.perf_counter() - marked[1], []
             trained_s += seconds
             row = dict(zip(TERMS, terms.mean(0).round(6), strict=True), step=done, seconds=round(trained_s, 1),
@@ -581,9 +650,12 @@ def train(cfg, resume=None):
                     save_checkpoint(run / "best.pt", dict(
                         networks={k: nets[k].state_dict() for k in val}, architecture=nets["student"].architecture,
                         inference=inference, better=better, step=done, val=best["val"], config=asdict(cfg)))
-            with open(run / "log.csv", "a", newline="") as f:
-                csv.DictWriter(f, COLUMNS).writerow(row)
-            if done % cfg.val_every == 0 or last:
+            try:
+                with open(run / "log.csv", "a", newline="") as f:
+                    csv.DictWriter(f, COLUMNS, lineterminator="\n").writerow(row)
+            except OSError as error:                        # a failed write does not name its file
+                raise data_prep.refusal(run / "log.csv", error) from None
+            if saves:
                 save(done)
                 draw_curves(run)
             val_text = f"best val {best['score']:.4f}, " if best["step"] > 0 else ""
@@ -594,7 +666,7 @@ def train(cfg, resume=None):
         return run
     if done < cfg.iters:
         print(f"stopped at step {done} ({stop[0] if stop else '--minutes'}); "
-              f"go on with: python train_actnet.py --resume {run}")
+              f"go on with: python train_actnet.py --resume {shlex.quote(str(run))}")
         return run
     finish(cfg, act, describe(cfg, device, slices, nets), volumes, inference, best, round(trained_s, 1))
     return run
@@ -624,7 +696,7 @@ def finish(cfg, act, about, volumes, inference, best, seconds):
                 seed=cfg.seed, labeled=cfg.labeled, method=cfg.method, network=name, parameters=count_parameters(net),
                 when=when, step=step, **{f"dice_{c}": x for c, x in dice.items()},
                 **{f"hd95_{c}": x for c, x in hd95.items()}, command=about["command"]))
-    (run / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    data_prep.write_atomic(run / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     print(f"kept: the {best['better']} of step {best['step']} in {run / 'best.pt'}, alone and in fp16 in student.pt; "
           f"next: python evaluate.py {run / 'best.pt'} --data {cfg.data}")
 
@@ -744,6 +816,8 @@ def run_folder(path):
     try:
         path.mkdir(parents=True, exist_ok=True)
         with data_prep.locked(path):
+            for part in (*path.glob(".*.tmp"), *path.glob(".*.part")):                               # a killed run's
+                part.unlink()
             yield
     finally:
         for d in made:
@@ -752,38 +826,59 @@ def run_folder(path):
 
 
 def load_last(run):
-    """last.pt, or the checkpoint before it where last.pt is damaged."""
+    """last.pt, or the checkpoint before it where last.pt is absent or damaged (then set aside as last.pt.damaged)."""
+    def load(name):
+        content = load_checkpoint(run / name)
+        kinds = dict(networks=dict, optimizer=dict, config=dict, best=dict, step=int, seconds=float)
+        wrong = [k for k, kind in kinds.items() if type(content.get(k)) is not kind]
+        if wrong or content["step"] < 0:
+            raise models.CheckpointError(f"{run / name}: not the state of a run ({', '.join(wrong) or 'step'})")
+        return content
+
     try:
-        return load_checkpoint(run / "last.pt")
+        return load("last.pt")
     except models.CheckpointError as error:
         if not (run / "previous.pt").exists():
             raise
-        content = load_checkpoint(run / "previous.pt")
+        content = load("previous.pt")
+        with suppress(FileNotFoundError):               # or the next save would put it in place of the good previous.pt
+            os.replace(run / "last.pt", run / "last.pt.damaged")
         print(f"{error}. Going on from previous.pt, step {content['step']}", file=sys.stderr)
         return content
 
 
 def keep_log_until(path, step):
-    """Drop the rows past the checkpoint that the run resumes from."""
-    header, *rows = path.read_text().splitlines()
-    whole = [row for row in rows if row.count(",") == header.count(",") and int(row.split(",")[0]) <= step]
-    path.write_text("\n".join([header, *whole]) + "\n")
+    """Drop the rows past the checkpoint that the run resumes from, and whatever is not a row."""
+    def whole(row):
+        with suppress(ValueError):
+            values = [float(v or 0) for v in row.split(",")]
+            return len(values) == len(COLUMNS) and values[0] <= step
+
+    rows = path.read_text(errors="replace").splitlines() if path.exists() else []
+    data_prep.write_atomic(path, "\n".join([",".join(COLUMNS), *filter(whole, rows), ""]).encode())
 
 
 # ------------------------------------------------------------------------------------------------------------- main
 
+class Parser(data_prep.Parser):
+    def format_help(self):                              # no blank lines: it fits a screen
+        return super().format_help().replace("\n\n", "\n")
+
+
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], usage="%(prog)s [options]", argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=118))
-    parser.add_argument("--preset", choices=("paper", "cpu"),
-                        help="paper: the published protocol; cpu: an hour on two cores")
-    parser.add_argument("--demo", action="store_true", help="train and evaluate on synthetic hearts")
-    parser.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
-    parser.add_argument("--bench", nargs="?", type=int, const=50, metavar="STEPS",
-                        help="time steps, append to results/step.csv [50]")
+    parser = Parser(
+        description=__doc__.splitlines()[0], usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS,
+        add_help=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=118))
+    group = parser.add_argument_group("run")
+    group.add_argument("-h", "--help", action="help", help="show this and exit")
+    group.add_argument("--preset", choices=("paper", "cpu"),
+                       help="paper: the published protocol; cpu: an hour on two cores")
+    group.add_argument("--demo", action="store_true", help="train and evaluate on synthetic hearts")
+    group.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
+    group.add_argument("--bench", nargs="?", type=int, const=50, metavar="STEPS",
+                       help="time steps, append to results/step.csv [50]")
     for f in fields(Config):
-        if f.metadata["group"]:
+        if f.metadata["group"] not in (None, "run"):
             group = parser.add_argument_group(f.metadata["group"])
         kind = dict(action=argparse.BooleanOptionalAction) if f.name == "compile" else \
             dict(action="store_true") if isinstance(f.default, bool) else \
@@ -803,20 +898,26 @@ def resolve(given):
     for key in ("teacher", "student"):
         if key in given:
             given[key] = tuple(given[key])
-    if folder:
+    if given.get("cpu") and "gpu" in given:
+        raise UserError("--cpu and --gpu: give one of them")
+    if folder is not None:
         resume = load_last(Path(folder))
+        unknown = resume["config"].keys() ^ {f.name for f in fields(Config)}
+        if unknown:
+            raise UserError(f"--resume {folder}: {sorted(map(str, unknown))[0]} of its config is not of this version")
         saved = {k: tuple(v) if isinstance(v, list) else v for k, v in resume["config"].items()}
         changed = [k for k, v in given.items() if k not in MAY_CHANGE and saved[k] != v]
-        if changed or preset or demo:
-            raise UserError(f"--resume {folder}: --{(changed or ['preset'])[0].replace('_', '-')} may not change "
-                            "within a run")
+        changed += ["preset"] * bool(preset) + ["demo"] * bool(demo) + ["out"] * (given.get("out", folder) != folder)
+        if changed:
+            raise UserError(f"--resume {folder}: {flag(changed[0])} may not change within a run")
+        saved.update({"cpu": False} if "gpu" in given else {"gpu": -1} if "cpu" in given else {})
         return Config(**{**saved, **given, "out": folder}), resume
     cfg = Config(**{**PRESETS.get("demo" if demo else preset, {}), **given})
     if not cfg.out:
         base = f"runs/{'demo-' if demo else ''}{cfg.method}-{cfg.labeled}-seed{cfg.seed}"
         names = [base] + [f"{base}-{i}" for i in range(2, 1000)]
         cfg = replace(cfg, out=next(name for name in names if not Path(name).exists()))
-    elif (Path(cfg.out) / "last.pt").exists():
+    elif any((Path(cfg.out) / name).exists() for name in ("last.pt", "previous.pt")):
         raise UserError(f"--out {cfg.out}: holds a run already; --resume {cfg.out} goes on with it")
     return cfg, None
 
@@ -826,11 +927,18 @@ def main(argv=None):
     demo, steps = given.get("demo"), given.pop("bench", None)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:                                             # started by torchrun
         dist.init_process_group(timeout=timedelta(hours=1))                                  # a validation's patience
-    rank = world()[0]
+    rank, folder = world()[0], given.get("resume")
+    # Until the loop, which saves first, SIGTERM is what Ctrl-C is: one line, nothing left behind.
+    handler, held = signal.signal(signal.SIGTERM, signal.default_int_handler), ExitStack()
     try:
+        if steps is not None and steps < 1:
+            raise UserError(f"--bench {steps}: give 1 or more")
+        if folder is not None and rank == 0:
+            held.enter_context(run_folder(Path(folder)))                                     # before it is read
         cfg, resume = resolve(given)
-        if demo and rank == 0 and not (Path(cfg.data) / "manifest.json").exists():
-            data_prep.main(["--phantom", cfg.data])
+        if demo and rank == 0 and not (Path(cfg.data) / "manifest.json").exists() and \
+                data_prep.main(["--phantom", cfg.data]):
+            return 2
         if dist.is_initialized():
             shared = [cfg.out]
             dist.broadcast_object_list(shared)
@@ -838,18 +946,28 @@ def main(argv=None):
         if steps is not None:
             bench(cfg, steps, Path(__file__).parent / "results" / "step.csv")
             return 0
-        with run_folder(Path(cfg.out)) if rank == 0 else nullcontext():
+        if folder is None and rank == 0:
+            held.enter_context(run_folder(Path(cfg.out)))
+        with held:
             run = train(cfg, resume)
         if demo and rank == 0:
             evaluate.main([str(run / "best.pt"), "--data", cfg.data, "--out", str(run / "test")])
     except (UserError, data_prep.DataError, models.CheckpointError, models.DeviceError, OSError) as error:
         if rank == 0:
-            print(f"train_actnet.py: {error}", file=sys.stderr)
+            print(f"train_actnet.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        print(f"train_actnet.py: out of memory ({data_prep.one_line(error)}); a smaller --batch, --size or --teacher "
+              "needs less", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("train_actnet.py: interrupted, not saved; --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
     finally:
+        held.close()
+        signal.signal(signal.SIGTERM, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
     return 0
