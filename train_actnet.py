@@ -381,7 +381,7 @@ def split(net, device):
         for module in net.modules():
             if type(module) is nn.BatchNorm2d:
                 module.__class__ = GlobalBatchNorm
-    return DistributedDataParallel(net, broadcast_buffers=False)
+    return DistributedDataParallel(net)
 
 
 def gather(logits):
@@ -950,6 +950,8 @@ def main(argv=None):
             held.enter_context(run_folder(Path(cfg.out)))
         with held:
             run = train(cfg, resume)
+        if dist.is_initialized():
+            dist.barrier()                                                                   # nobody leaves early
         if demo and rank == 0:
             evaluate.main([str(run / "best.pt"), "--data", cfg.data, "--out", str(run / "test")])
     except (UserError, data_prep.DataError, models.CheckpointError, models.DeviceError, OSError) as error:
@@ -974,4 +976,9 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if "WORLD_SIZE" in os.environ:             # at the interpreter's end torch's threads have been seen to abort
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import functools
 import gzip
 import itertools
 import json
@@ -418,7 +419,9 @@ def test_no_write_permission(raw, tmp_path):
 def test_killed_and_run_again(phantom, tmp_path, files, sig):
     out = tmp_path / "out"
     command = [sys.executable, str(SCRIPT), str(phantom / "raw"), str(out), "--allow-missing", "--workers", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    # where the suite runs in the background of a shell, SIGINT is ignored, and children inherit that
+    hear = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=hear)
     deadline = time.monotonic() + 60
     while len(list(out.glob("data/**/*.h5"))) < files and time.monotonic() < deadline:
         time.sleep(0.002)
