@@ -5,7 +5,6 @@ import functools
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -275,8 +274,7 @@ def test_damaged_slice_read_ahead_is_one_line(data, tmp_path, capsys):
     assert "Traceback" not in error
 
 
-@pytest.mark.parametrize("method", [["act"], ["act", "--consistency", "mse", "--distill", "mse", "--optimizer", "sgd"],
-                                    ["sup"]])
+@pytest.mark.parametrize("method", [["act"], ["act", "--consistency", "mse", "--distill", "mse", "--optimizer", "sgd"]])
 def test_two_processes_equal_one(data, tmp_path, method):
     """torchrun: the same batch over two processes; Dice and batch norm over all of it; the same losses."""
     more = ["--iters", "20", "--val-every", "10", "--ramp", "0", "--confidence", "0", "--method", *method]
@@ -343,39 +341,6 @@ def wait_for_step(out, step, process):
             return
         time.sleep(0.01)
     raise AssertionError(process.communicate())
-
-
-def test_killed_and_resumed_equals_unbroken(data, tmp_path):
-    more = ["--iters", "12", "--val-every", "3"]
-    run(data, tmp_path / "whole", *more)
-    process = start(data, tmp_path / "killed", *more)
-    wait_for_step(tmp_path / "killed", 5, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert load_checkpoint(tmp_path / "killed" / "last.pt")["step"] < 12
-    assert main(["--resume", str(tmp_path / "killed")]) == 0
-    whole, resumed = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "killed"))
-    for net in ("student", "coteacher", "teacher"):
-        for name, tensor in whole["networks"][net].items():
-            assert torch.equal(tensor, resumed["networks"][net][name]), (net, name)
-    assert whole["best"] == resumed["best"]
-    logs = []
-    for name in ("whole", "killed"):
-        with open(tmp_path / name / "log.csv") as f:
-            logs.append([{k: v for k, v in row.items() if k not in ("seconds", "slices_per_s")}
-                         for row in csv.DictReader(f)])
-    assert logs[0] == logs[1]
-
-
-def test_sigterm_saves_and_says_how_to_go_on(data, tmp_path):
-    process = start(data, tmp_path / "run", "--iters", "100000", "--val-every", "100000")
-    wait_for_step(tmp_path / "run", 3, process)
-    process.terminate()
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert "SIGTERM" in out
-    assert f"--resume {tmp_path / 'run'}" in out
-    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] >= 3
 
 
 def test_minutes_stops_and_iters_extends(data, tmp_path, capsys):
