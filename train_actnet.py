@@ -605,10 +605,10 @@ def train(cfg, resume=None):
 
             done = step + 1
             bar.update()
-            if len(history) % 20 == 0:                                                  # found at most 20 steps late
-                finite(history, done)
             out_of_time = cfg.minutes and time.perf_counter() - began > 60 * cfg.minutes
             due = done % cfg.log_every == 0 or done % cfg.val_every == 0 or done == cfg.iters
+            if len(history) % 20 == 0 and not due:                   # found at most 20 steps late; due: looked at below
+                finite(history, done)
             if device.type == "cpu" and done == start + 8 and rank == 0:
                 hours = (time.perf_counter() - began) / 8 * (cfg.iters - start) / 3600
                 advice = "; --preset cpu is smaller" if hours > 1 else ""

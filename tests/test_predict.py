@@ -21,7 +21,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy import ndimage
-from test_evaluate import heart, read_csv, run, save, train_student, write_root
+from test_evaluate import heart, one_thread, read_csv, run, save, train_student, write_root  # noqa: F401
 
 import data_prep
 import evaluate
@@ -32,14 +32,6 @@ DATABASE = SCRIPT.parent.parent / "shared" / "acdc" / "database"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_acdc = pytest.mark.skipif(not DATABASE.is_dir(), reason="no ACDC files in ../shared/acdc")
 RESULTS = {f"_{k}" for k in ("seg.nii.gz", "overlay.png", "volumes.csv")}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
