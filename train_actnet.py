@@ -259,15 +259,14 @@ class Slices:
         noise = torch.randn(x.shape, device=self.device, generator=self.noise)
         return x * torch.exp(0.3 * contrast) + 0.3 * brightness + 0.2 * sigma.abs() * noise
 
-    def boxes(self, n_labeled, n, rng):
-        """CutMix: mask (B, 1, S, S), true inside a box of a quarter to half of the side; never in labelled slices."""
+    def boxes(self, n, rng):
+        """CutMix: mask (n, 1, S, S), true inside a box of a quarter to half of the side, in some slices."""
         size = self.cfg.size
         side = size * rng.uniform(0.25, 0.5, (n, 2)) * (rng.random((n, 1)) < self.cfg.cutmix)
-        side[:n_labeled] = 0
         low = rng.uniform(0, size - side)
-        edges = torch.from_numpy(np.stack([low, low + side])).float().to(self.device, non_blocking=True)  # (2, B, 2)
+        edges = torch.from_numpy(np.stack([low, low + side])).float().to(self.device, non_blocking=True)  # (2, n, 2)
         ticks = torch.arange(size, device=self.device)
-        inside = (ticks >= edges[0, :, :, None]) & (ticks < edges[1, :, :, None])                         # (B, 2, S)
+        inside = (ticks >= edges[0, :, :, None]) & (ticks < edges[1, :, :, None])                         # (n, 2, S)
         return inside[:, None, 0, :, None] & inside[:, None, 1, None, :]
 
 
@@ -452,16 +451,16 @@ class ActNet:
 
         # One geometry for all three networks, an intensity of its own for each: the students of this game see hard
         # pictures, those who answer see mild ones. Of several processes each takes every world-th row.
-        mask = slices.boxes(n_labeled, n, rng)
-        partner = torch.arange(n, device=self.device)
-        partner[n_labeled:] = partner[n_labeled:].roll(1)
+        boxes = slices.boxes(n - n_labeled, rng)
 
-        def mix(a):
-            return torch.where(mask, a[partner], a)
+        def mix(a):                                            # (B, ...), or its unlabelled slices alone: CutMix of these
+            labeled, other = a.split([len(a) - len(boxes), len(boxes)])
+            return torch.cat([labeled, torch.where(boxes, other.roll(1, 0), other)])
 
         mine = slice(world()[0], None, world()[1])
         x_s = mix(slices.perturb(x, rng, 1.0))[mine]
-        x_c = slices.perturb(x, rng, 0.25)[mine] if use_coteacher else None
+        seen = x[n_labeled if cfg.consistency == "pseudo" else 0:]            # what the co-teacher answers
+        x_c = slices.perturb(seen, rng, 0.25)[mine] if use_coteacher and len(seen) else None
         asked = x[0 if frozen else n_labeled:]                                # what the teacher only answers
         x_t = slices.perturb(asked, rng, 0.25)[mine] if use_teacher and len(asked) else None
         x_l = slices.perturb(x[:n_labeled], rng, 1.0)[mine] if use_teacher and not frozen else None
@@ -472,8 +471,8 @@ class ActNet:
             s = gather(student(x_s))                                                    # (B, C, S, S) logits
             mark("student")
             with torch.no_grad():
-                if use_coteacher:
-                    c = mix(gather(coteacher(x_c)))
+                if x_c is not None:
+                    c = mix(gather(coteacher(x_c)))                                     # (B or B - L, C, S, S)
                 mark("coteacher")
                 if x_t is not None:
                     self.nets["teacher"].eval()
@@ -489,8 +488,8 @@ class ActNet:
         weights = 1.0, 1.0, ramp * cfg.lambda_kd, ramp * cfg.lambda_co
         dice, ce, kd, co = student_loss(s, y, t, c if cfg.consistency == "mse" else None, tau=cfg.tau,
                                         distill=cfg.distill, expected_grads=weights, **form)
-        if c is not None and cfg.consistency == "pseudo" and n > n_labeled:
-            sure, hard = c[n_labeled:].float().softmax(1).max(1)                                 # (B - L, H, W)
+        if c is not None and cfg.consistency == "pseudo":
+            sure, hard = c.float().softmax(1).max(1)                                             # (B - L, H, W)
             co = co + sum(dice_ce(s[n_labeled:], hard.masked_fill(sure < cfg.confidence, -100), **form))
         loss = sum(w * term for w, term in zip(weights, (dice, ce, kd, co), strict=True))    # L_stu
         teacher_seg = s.new_zeros(()) if t_seg is None else sum(dice_ce(t_seg, y, **form))   # the teacher's L_seg

@@ -20,7 +20,7 @@ import models
 import train_actnet
 from models import load_checkpoint, load_model
 from tests import loop_bench
-from train_actnet import COLUMNS, PRESETS, Config, Slices, choose_cache, main
+from train_actnet import COLUMNS, PRESETS, ActNet, Config, Slices, choose_cache, main
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--cpu", "--student", "2", "4", "--teacher", "2", "8", "--size", "32", "--batch", "4", "--labeled-batch", "2",
@@ -132,14 +132,38 @@ def test_perturbation_differs_between_draws_and_keeps_the_slice_normal(data):
     assert (strong - clean).abs().mean() > (mild - clean).abs().mean() > 0
 
 
-def test_cutmix_boxes_spare_the_labeled(data):
+def test_cutmix_boxes(data):
     slices = Slices(config(data, cutmix=1.0), torch.device("cpu"))
-    mask = slices.boxes(2, 6, np.random.default_rng(0))
+    mask = slices.boxes(4, np.random.default_rng(0))
+    assert mask.shape == (4, 1, 32, 32)
     share = mask.float().mean((1, 2, 3))
-    assert mask.shape == (6, 1, 32, 32)
-    assert (share[:2] == 0).all()
-    assert ((share[2:] > 0.04) & (share[2:] < 0.3)).all()                                # a quarter to half of the side
-    assert not Slices(config(data, cutmix=0.0), torch.device("cpu")).boxes(2, 6, np.random.default_rng(0)).any()
+    assert ((share > 0.04) & (share < 0.3)).all()                                        # a quarter to half of the side
+    assert not Slices(config(data, cutmix=0.0), torch.device("cpu")).boxes(4, np.random.default_rng(0)).any()
+
+
+@pytest.mark.parametrize("consistency", ["pseudo", "mse"])
+def test_cutmix_spares_the_labeled_and_shows_the_student_another_slice(data, consistency):
+    """What the student sees with CutMix and without: the labelled slices the same, a box of the others exchanged; the
+    co-teacher answers about whole slices, with hard labels only about those without an annotation."""
+    seen = {}
+    for cutmix in (0.0, 1.0):
+        cfg = config(data, method="mt", cutmix=cutmix, consistency=consistency)
+        slices = Slices(cfg, torch.device("cpu"))
+        act = ActNet(cfg, torch.device("cpu"), slices)
+        inputs = {}
+        for name in ("student", "coteacher"):
+            act.nets[name].register_forward_pre_hook(lambda net, x, name=name: inputs.update({name: x[0]}))
+        batch = slices.batch(0)
+        act.step(0, *batch)
+        seen[cutmix], labeled = inputs, len(batch[1])
+    plain, mixed = (seen[c]["student"] for c in (0.0, 1.0))
+    assert torch.equal(plain[:labeled], mixed[:labeled])
+    other = plain[labeled:].roll(1, 0)
+    kept, taken = mixed[labeled:] == plain[labeled:], mixed[labeled:] == other
+    assert (kept | taken).all()
+    assert 0.04 < (~kept).float().mean() < 0.3
+    assert torch.equal(seen[0.0]["coteacher"], seen[1.0]["coteacher"])
+    assert len(seen[1.0]["coteacher"]) == len(plain) - labeled * (consistency == "pseudo")
 
 
 # ------------------------------------------------------------------------------------------------------------- runs
