@@ -83,6 +83,7 @@ PICTURES = ("best", "worst", "median")                             # in the orde
 RESULTS = ("metrics.csv", "clinical.csv", "clinical.png", *(f"overlay_{k}.png" for k in PICTURES), "report.html",
            "summary.json")
 PREDICTED = ("overlay.png", "entropy.nii.gz", "volumes.csv", "volumes.png", "seg.nii.gz")          # after NAME_
+NIFTI = re.compile(r"\.nii(\.gz)?$")
 SKIPPED = re.compile(r"^\.|_(gt|seg|entropy)\.nii(\.gz)?$")         # in folders: annotations, predictions, hidden files
 FIELD = (50, 1000)                   # mm that a slice can span; others are spacings in another unit, or none at all
 
@@ -125,16 +126,11 @@ def case_metrics(pred, label, spacing=None):
 
     The keys of METRICS, those in mm NaN without spacing, and `one_empty`: bool, exactly one of the two is empty.
     """
-    overlap = dice(pred, label)
-    scores = {m: np.full(len(CLASSES), np.nan) for m in METRICS}
-    scores.update(dice=overlap, jaccard=overlap / (2 - overlap), one_empty=np.zeros(len(CLASSES), bool))
-    for i in range(len(CLASSES)):
-        p, y = pred == i + 1, label == i + 1
-        scores["one_empty"][i] = p.any() != y.any()
-        scores["hd95_voxel"][i], scores["asd_voxel"][i] = surface_metrics(p, y)
-        if spacing is not None:
-            scores["hd95_mm"][i], scores["asd_mm"][i] = surface_metrics(p, y, spacing)
-    return scores
+    overlap, masks = dice(pred, label), [(pred == k, label == k) for k in range(1, len(CLASSES) + 1)]
+    voxels = np.transpose([surface_metrics(p, y) for p, y in masks])                            # (2, 3): HD95, ASD
+    mm = np.transpose([surface_metrics(*m, spacing) for m in masks]) if spacing is not None else voxels * np.nan
+    return dict(zip(METRICS, (overlap, overlap / (2 - overlap), *voxels, *mm), strict=True),
+                one_empty=np.array([p.any() != y.any() for p, y in masks]))
 
 
 def volumes_ml(labels, spacing):
@@ -146,11 +142,8 @@ def volumes_ml(labels, spacing):
 def clinical_indices(ed, es):
     """ml of RV, MYO, LV at end-diastole and end-systole -> {index: value} in the units of INDICES; an EF of an empty
     ventricle is NaN."""
-    values = {"myo_mass": DENSITY * ed[1]}
-    for side, i in (("lv", 2), ("rv", 0)):
-        values |= {f"{side}_edv": ed[i], f"{side}_esv": es[i],
-                   f"{side}_ef": 100 * (ed[i] - es[i]) / ed[i] if ed[i] else np.nan}
-    return {k: float(values[k]) for k in INDICES}
+    lv, rv = ((ed[i], es[i], 100 * (ed[i] - es[i]) / ed[i] if ed[i] else np.nan) for i in (2, 0))
+    return dict(zip(INDICES, map(float, (*lv, *rv, DENSITY * ed[1])), strict=True))
 
 
 def agreement(prediction, annotation):
@@ -286,7 +279,8 @@ def draw_agreement(path, rows):
         x, y = np.array([(r["prediction"], r["annotation"]) for r in rows if r["index"] == index]).T
         a = agreement(x, y)
         above.plot(y, x, "o", color="#2a6fb0", alpha=0.7)
-        above.axline((np.nanmean(y), np.nanmean(y)), slope=1, color="0.5", linewidth=1)
+        middle = np.nan_to_num(_mean(y[np.isfinite(y)]))
+        above.axline((middle, middle), slope=1, color="0.5", linewidth=1)
         above.set(title=f"{_title(index)}, r {_number(3, _plain(a['r']))}", xlabel=f"annotation, {unit}")
         below.plot((x + y) / 2, x - y, "o", color="#2a6fb0", alpha=0.7)
         for level, style in ((a["bias"], "-"), (a["bias"] - 1.96 * a["sd"], "--"), (a["bias"] + 1.96 * a["sd"], "--")):
@@ -308,7 +302,7 @@ def draw_volumes(path, title, ml, phases, indices):
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     ax, frames = figure.subplots(), np.arange(1, len(ml) + 1)
     for name, i, color in (("LV", 2, COLORS["LV"]), ("RV", 0, "#0d8fc4")):
-        label = f"{name}, EF {indices[f'{name.lower()}_ef']:.1f} %" if indices else name
+        label = f"{name}, EF {_number(1, _plain(indices[f'{name.lower()}_ef']))} %" if indices else name
         ax.plot(frames, ml[:, i], "o-", color=color, label=label, linewidth=2, markersize=4)
     for phase, t in phases.items():
         ax.axvline(t + 1, color="0.6", linestyle="--", linewidth=1)
@@ -339,10 +333,12 @@ def evaluate_checkpoint(path, out, data=None, split="test", which=None, device="
         rows, cases, preds, seconds = [], [], {}, []
         for name in tqdm(names, desc=f"{split} of {root}", unit="volume", disable=None, leave=False):
             v = data_prep.read_volume(root, name)
+            began = time.perf_counter()
             focus = find_heart(net, v.image, v.spacing, **inference) if find else {}
+            found = time.perf_counter() - began
             result = segment(nets, v.image, inference | focus, component)
             preds[name] = result.labels
-            seconds.append((result.seconds, len(result.labels)))
+            seconds.append((found + result.seconds, len(result.labels)))
             scores = {} if v.label is None else case_metrics(result.labels, v.label, v.spacing)
             cases += [scores] if scores else []
             rows += _case_rows(v, result, scores)
@@ -427,19 +423,17 @@ def _clinical_rows(rows):
 def _draw_cases(folder, root, split, rows, preds):
     """Overlays of the best, median and worst patient -> {"best": "patient028", ...}. Where none is scored the first
     of the split is drawn in the best one's place."""
-    frames, scores = {}, {}
-    for r in rows[::len(CLASSES)]:
-        frames.setdefault(r["patient"], []).append((r["phase"], r["case"]))
-    for r in rows:
-        scores.setdefault(r["patient"], []).append(r["dice"])
-    scores = {p: float(np.mean(s)) for p, s in scores.items() if np.isfinite(s).all()}
-    order = sorted(scores, key=scores.get, reverse=True) or list(frames)[:1]
+    patients = {r["patient"]: [x for x in rows if x["patient"] == r["patient"]] for r in rows}
+    dices = {p: [r["dice"] for r in of if np.isfinite(r["dice"])] for p, of in patients.items()}
+    scores = {p: _mean(s) for p, s in dices.items() if s}
+    order = sorted(scores, key=scores.get, reverse=True) or list(patients)[:1]
     drawn = {}
     for kind, i in zip(PICTURES, (0, len(order) - 1, (len(order) - 1) // 2), strict=True):
         if (patient := order[i]) in drawn.values():
             continue
         drawn[kind] = patient
-        volumes = [(phase, data_prep.read_volume(root, name), preds[name]) for phase, name in frames[patient]]
+        volumes = [(r["phase"], data_prep.read_volume(root, r["case"]), preds[r["case"]])
+                   for r in patients[patient][::len(CLASSES)]]
         group = f" ({volumes[0][1].group})" if volumes[0][1].group else ""
         score = f", {kind} of {len(order)} in {split}: mean Dice {scores[patient]:.3f}" if scores else ", no annotation"
         draw_overlay(folder / f"overlay_{kind}.png", patient + group + score, volumes)
@@ -458,26 +452,23 @@ def find_images(paths):
     for path in map(Path, paths):
         if not os.path.exists(path):
             raise UsageError(f"{path}: no such file or folder")
-        inside = [path]
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*.nii*") if re.search(r"\.nii(\.gz)?$", p.name)
-                            and not SKIPPED.search(p.name))
-            if not inside:
-                raise UsageError(f"{path}: holds no .nii or .nii.gz to segment")
+        inside = [path] if not path.is_dir() else sorted(
+            p for p in path.rglob("*.nii*") if NIFTI.search(p.name) and not SKIPPED.search(p.name))
+        if not inside:
+            raise UsageError(f"{path}: holds no .nii or .nii.gz to segment")
         for p in inside:
             found.setdefault(p.resolve(), (p, p.relative_to(path) if path.is_dir() else Path(p.name)))
     common = os.path.commonpath([p.parent for p in found])
+    sources, given = zip(*found.values(), strict=True)
     full = [p.relative_to(common) for p in found]
-    bare = [[n.with_name(re.sub(r"\.nii(\.gz)?$", "", n.name)) for n in names]
-            for names in ([n for _, n in found.values()], full)]
-    names = next((b for b in bare if len(set(b)) == len(b)), full)
-    return dict(zip((p for p, _ in found.values()), names, strict=True))
+    bare = [[n.with_name(NIFTI.sub("", n.name)) for n in names] for names in (given, full)]
+    return dict(zip(sources, next((b for b in bare if len(set(b)) == len(b)), full), strict=True))
 
 
 def predict_file(nets, source, stem, inference, find=True, component=True, entropy=False):
     """Segment one NIfTI file, write the results that the head of this file names to `stem`_*, return the row of
     predictions.csv. DataError, ValueError, MemoryError or OSError, and then nothing was written."""
-    if not (re.search(r"\.nii(\.gz)?$", source.name) and source.is_file()):
+    if not (NIFTI.search(source.name) and source.is_file()):
         raise DataError(f"{source}: not a NIfTI file by its name and kind; give .nii or .nii.gz")
     array, spacing, nifti = data_prep.load_nifti(source)
     data_prep.require(all(FIELD[0] <= n * s <= FIELD[1] for n, s in zip(array.shape[-2:], spacing[1:], strict=True)),
@@ -503,6 +494,7 @@ def predict_file(nets, source, stem, inference, find=True, component=True, entro
         rows[t]["phase"] = phase
         volume = data_prep.Volume(source.name, frames[t].astype(np.float32), None, spacing, None)
         shown.append((f"{phase}, frame {t + 1}" if phase else "", volume, labels[t]))
+    axes = "".join(map(str, nib.aff2axcodes(np.nan_to_num(nifti.affine))))
     with _staging(stem.parent, [f"{stem.name}_{k}" for k in PREDICTED]) as folder:
         draw_overlay(folder / f"{stem.name}_overlay.png", source.name, shown)
         if len(frames) > 1:
@@ -511,7 +503,7 @@ def predict_file(nets, source, stem, inference, find=True, component=True, entro
         _save_like(nifti, labels, folder / f"{stem.name}_seg.nii.gz")
         if entropy:
             _save_like(nifti, np.array(maps), folder / f"{stem.name}_entropy.nii.gz")
-    return dict(file=str(source), frames=len(frames), **{k: t + 1 for k, t in phases.items()}, **indices,
+    return dict(file=str(source), frames=len(frames), axes=axes, **{k: t + 1 for k, t in phases.items()}, **indices,
                 entropy=_mean([r["entropy"] for r in rows]), disagreement=_mean([r["disagreement"] for r in rows]))
 
 
@@ -539,12 +531,15 @@ def predict(nets, inference, paths, out, **options):
                 text += f", ED {row['ED']}, ES {row['ES']}; " + ", ".join(
                     f"{_title(k)} {_number(1, _plain(row[k]))} {unit}" for k, unit in INDICES.items())
             tqdm.write(text)
+            if row["axes"][:2] != "LP":
+                tqdm.write(f"evaluate.py: {source}: axes {row['axes']}, ACDC's are LPS: does the RV lie left of the LV "
+                           "in the overlay?", file=sys.stderr)
         except (DataError, ValueError, RuntimeError, MemoryError) as error:
             text = str(error) if isinstance(error, DataError) else f"{source}: {data_prep.one_line(error)}"
             tqdm.write(f"evaluate.py: {text}", file=sys.stderr)
             row = dict(file=str(source), error=text)
         table.append(row)
-    columns = ("file", "frames", *PHASES, *INDICES, "entropy", "disagreement", "error")
+    columns = ("file", "frames", "axes", *PHASES, *INDICES, "entropy", "disagreement", "error")
     with _staging(out, ["predictions.csv"]) as folder:
         _write_csv(folder / "predictions.csv", [{c: row.get(c) for c in columns} for row in table])
     failed = sum("error" in row for row in table)
@@ -570,8 +565,9 @@ def time_inference(nets, inference, device="cpu", slices=10, frames=30):
             options.intra_op_num_threads = torch.get_num_threads()
             session = onnxruntime.InferenceSession(Path(folder) / "net.onnx", options,
                                                    providers=["CPUExecutionProvider"])
-        h, w = (min(inference["size"], n) for n in frame.shape[1:])
-        ways["onnxruntime"] = lambda: session.run(None, {"slices": frame[:, None, :h, :w]})[0].argmax(1)
+        size, whole = inference["size"], inference.get("view") == "whole"
+        seen = np.resize(frame, (len(frame), 1, *(size if whole else min(size, n) for n in frame.shape[1:])))
+        ways["onnxruntime"] = lambda: session.run(None, {"slices": seen})[0].argmax(1)
     seconds = {name: [] for name in ways}
     for _ in range(frames + 1):                                # in turns, so that other work on the machine slows all
         for name, run in ways.items():
@@ -745,6 +741,8 @@ def main(argv=None):
     device.add_argument("--gpu", type=int, metavar="N", help="CUDA device [the first, if any]")
     device.add_argument("--cpu", action="store_true", help="run on the CPU")
     args = parser.parse_args(argv)
+    if args.entropy and not args.predict:
+        parser.error("--entropy goes with --predict")
     out = args.onnx or args.out or (Path("predictions") if args.predict else args.checkpoint.parent / args.split)
     find, component = (bool(args.predict) if x is None else x for x in (args.find_heart, args.largest_component))
     try:
@@ -759,8 +757,8 @@ def main(argv=None):
             if not importlib.util.find_spec("onnxscript"):
                 raise UsageError("--onnx wants the package onnxscript: pip install onnxscript")
             classes = ",".join(("background", *CLASSES))
-            steps = ("central window" if inference["view"] == "heart" else "whole slice resized to") + \
-                " of size x size pixels; the graph standardises each slice; argmax of the logits"
+            steps = ("central window of" if inference["view"] == "heart" else "whole slice resized to") + \
+                " size x size pixels; the graph standardises each slice; argmax of the logits"
             opset = export_onnx(nets[0].cpu(), args.onnx, dict(
                 classes=classes, preprocessing=steps, size=str(inference["size"]), view=inference["view"]))
             print(f"{out}: ONNX opset {opset}, {out.stat().st_size / 1e6:.1f} MB; classes {classes}; {steps}")
@@ -768,16 +766,15 @@ def main(argv=None):
         if args.time:
             for name, seconds in time_inference(nets, inference, device).items():
                 print(f"{name:12} {100 * np.median(seconds):7.2f} ms per slice (fastest {100 * min(seconds):.2f}) "
-                      f"{sum(seconds):7.2f} s per cine of 30 frames of 10 slices ({_describe(device)}, window "
+                      f"{sum(seconds):7.2f} s per cine of 30 frames of 10 slices "
+                      f"({_describe('cpu' if name == 'onnxruntime' else device)}, window "
                       f"{inference['size']})")
             return 0
         summary = evaluate_checkpoint(args.checkpoint, out, args.data, args.split, args.which, device, find, component)
-    except (CheckpointError, DataError, DeviceError, UsageError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"evaluate.py: {out}: {error.strerror or error}; choose another {'FILE' if args.onnx else '--out'} or "
-              "free some space", file=sys.stderr)
+    except (CheckpointError, DataError, DeviceError, UsageError, OSError) as error:
+        text = error if not isinstance(error, OSError) else f"{out}: {error.strerror or error}; choose another " \
+            f"{'FILE' if args.onnx else '--out'} or free some space"
+        print(f"evaluate.py: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"evaluate.py: interrupted; {'what is there is whole' if args.predict else 'nothing was written'}",

@@ -225,12 +225,14 @@ def load_model(path, device="cpu", which=None):
     try:
         which = which or checkpoint["better"]
         net = UNet(**checkpoint["architecture"])
+        if which not in checkpoint["networks"]:
+            raise KeyError(f"{which} is not among {', '.join(checkpoint['networks'])}")
         net.load_state_dict(checkpoint["networks"][which])
         size, view = checkpoint["inference"]["size"], checkpoint["inference"]["view"]
         if view not in ("heart", "whole") or not isinstance(size, int) or size < 1:
             raise ValueError(f"inference at size {size}, view {view}")
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error.args[0] if error.args else error).splitlines()[0]
         raise CheckpointError(f"{path}: holds no network to run ({reason}); give a best.pt of a run") from None
     return net.to(device, memory_format=torch.channels_last).eval(), checkpoint
 

@@ -102,7 +102,7 @@ class Config:
     tau: float = option(1.0, "temperature of L_kd", low=0.01, high=1000)
     lambda_kd: float = option(1.0, "weight of L_kd", high=1000)
     consistency: str = option("pseudo", "L_co: Dice + CE on hard labels; of probabilities", ("pseudo", "mse"))
-    confidence: float = option(0.9, "pseudo: co-teacher's probability that a pixel needs to count", high=1)
+    confidence: float = option(0.9, "pseudo: probability that a pixel needs to count", high=1)
     lambda_co: float = option(1.0, "weight of L_co", high=1000)
     ramp: float = option(0.5, "part of the run over which both weights rise as exp(-5 (1 - t)^2)", high=1)
 
@@ -453,7 +453,7 @@ class ActNet:
         # pictures, those who answer see mild ones. Of several processes each takes every world-th row.
         boxes = slices.boxes(n - n_labeled, rng)
 
-        def mix(a):                                            # (B, ...), or its unlabelled slices alone: CutMix of these
+        def mix(a):                                        # (B, ...), or its unlabelled slices alone: CutMix of these
             labeled, other = a.split([len(a) - len(boxes), len(boxes)])
             return torch.cat([labeled, torch.where(boxes, other.roll(1, 0), other)])
 
@@ -489,7 +489,8 @@ class ActNet:
         dice, ce, kd, co = student_loss(s, y, t, c if cfg.consistency == "mse" else None, tau=cfg.tau,
                                         distill=cfg.distill, expected_grads=weights, **form)
         if c is not None and cfg.consistency == "pseudo":
-            sure, hard = c.float().softmax(1).max(1)                                             # (B - L, H, W)
+            answers = [c] if t is None else [c, t[n_labeled:]]                   # both, where there is a teacher too
+            sure, hard = torch.stack([a.float().softmax(1) for a in answers]).mean(0).max(1)     # (B - L, H, W)
             co = co + sum(dice_ce(s[n_labeled:], hard.masked_fill(sure < cfg.confidence, -100), **form))
         loss = sum(w * term for w, term in zip(weights, (dice, ce, kd, co), strict=True))    # L_stu
         teacher_seg = s.new_zeros(()) if t_seg is None else sum(dice_ce(t_seg, y, **form))   # the teacher's L_seg
@@ -951,8 +952,9 @@ def main(argv=None):
             run = train(cfg, resume)
         if dist.is_initialized():
             dist.barrier()                                                                   # nobody leaves early
-        if demo and rank == 0:
-            evaluate.main([str(run / "best.pt"), "--data", cfg.data, "--out", str(run / "test")])
+        if demo and rank == 0 and (run / "summary.json").exists():                              # not stopped before
+            where = ["--cpu"] if cfg.cpu else ["--gpu", str(cfg.gpu)] if cfg.gpu >= 0 else []
+            return evaluate.main([str(run / "best.pt"), "--data", cfg.data, "--out", str(run / "test"), *where])
     except (UserError, data_prep.DataError, models.CheckpointError, models.DeviceError, OSError) as error:
         if rank == 0:
             print(f"train_actnet.py: {' '.join(str(error).split())}", file=sys.stderr)

@@ -18,6 +18,7 @@ import torch
 
 import models
 import train_actnet
+from kernels.dice_ce import dice_ce
 from models import load_checkpoint, load_model
 from tests import loop_bench
 from train_actnet import COLUMNS, PRESETS, ActNet, Config, Slices, choose_cache, main
@@ -150,20 +151,39 @@ def test_cutmix_spares_the_labeled_and_shows_the_student_another_slice(data, con
         cfg = config(data, method="mt", cutmix=cutmix, consistency=consistency)
         slices = Slices(cfg, torch.device("cpu"))
         act = ActNet(cfg, torch.device("cpu"), slices)
-        inputs = {}
         for name in ("student", "coteacher"):
-            act.nets[name].register_forward_pre_hook(lambda net, x, name=name: inputs.update({name: x[0]}))
+            act.nets[name].register_forward_pre_hook(lambda net, x, key=(name, cutmix): seen.update({key: x[0]}))
         batch = slices.batch(0)
         act.step(0, *batch)
-        seen[cutmix], labeled = inputs, len(batch[1])
-    plain, mixed = (seen[c]["student"] for c in (0.0, 1.0))
+    labeled, plain, mixed = len(batch[1]), seen["student", 0.0], seen["student", 1.0]
     assert torch.equal(plain[:labeled], mixed[:labeled])
     other = plain[labeled:].roll(1, 0)
     kept, taken = mixed[labeled:] == plain[labeled:], mixed[labeled:] == other
     assert (kept | taken).all()
     assert 0.04 < (~kept).float().mean() < 0.3
-    assert torch.equal(seen[0.0]["coteacher"], seen[1.0]["coteacher"])
-    assert len(seen[1.0]["coteacher"]) == len(plain) - labeled * (consistency == "pseudo")
+    assert torch.equal(seen["coteacher", 0.0], seen["coteacher", 1.0])
+    assert len(seen["coteacher", 1.0]) == len(plain) - labeled * (consistency == "pseudo")
+
+
+@pytest.mark.parametrize("method", ["mt", "act"])
+def test_hard_labels_are_the_mean_of_those_who_answer(data, monkeypatch, method):
+    """Of the co-teacher alone, or of co-teacher and teacher; a pixel below the confidence is ignored."""
+    cfg = config(data, method=method, cutmix=0.0, confidence=0.4, teacher=(2, 8), student=(2, 4), precision="fp32")
+    slices = Slices(cfg, torch.device("cpu"))
+    act = ActNet(cfg, torch.device("cpu"), slices)
+    answers, targets = [], []
+    for name in sorted({"coteacher", "teacher"} & act.nets.keys()):
+        act.nets[name].head.weight.data.mul_(30)                                            # surer than at the start
+        act.nets[name].register_forward_hook(lambda net, x, y: None if net.training else answers.append(y))
+    monkeypatch.setattr(train_actnet, "dice_ce", lambda logits, target, **form: (
+        targets.append(target), dice_ce(logits, target, **form))[1])
+    x, y, rng = slices.batch(0)
+    act.step(0, x, y, rng)
+    assert len(answers) == (2 if method == "act" else 1)
+    probs = torch.stack([a.double().softmax(1) for a in answers]).mean(0)
+    hard = probs.argmax(1).where(probs.amax(1) >= 0.4, -100)
+    assert 0.02 < (hard == -100).float().mean() < 0.98
+    assert (targets[0] == hard).float().mean() > 0.999                                # fp32 beside fp64 on the edge
 
 
 # ------------------------------------------------------------------------------------------------------------- runs
