@@ -374,6 +374,20 @@ def test_bad_files_among_good_ones(capsys, tmp_path, checkpoint):
     assert results(tmp_path / "none") == {}
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_another_orientation_is_told(capsys, tmp_path, checkpoint):
+    """ACDC's axes are LPS; a file turned to RAS is segmented, with one line of warning and its axes in the table."""
+    scan = write_nifti(tmp_path / "in" / "lps.nii", frame())
+    turned = nib.load(scan)
+    turned = nib.Nifti1Image(turned.get_fdata(dtype=np.float32)[::-1, ::-1], None, turned.header)
+    turned.header.set_sform(np.eye(4), 2)
+    nib.save(turned, tmp_path / "in" / "ras.nii")
+    code, _, stderr = run(capsys, checkpoint, "--predict", tmp_path / "in", "--out", tmp_path / "out")
+    assert (code, stderr.count("\n")) == (0, 1)
+    assert "ras.nii: axes RAS, ACDC's are LPS" in stderr
+    assert [r["axes"] for r in read_csv(tmp_path / "out" / "predictions.csv")] == ["LPS", "RAS"]
+
+
 def test_wrong_use(capsys, tmp_path, checkpoint):
     """One line, exit 2, nothing written: absent, empty or own folder, foreign checkpoint, no such device, full disk."""
     source = write_nifti(tmp_path / "in" / "scan.nii", frame())
@@ -398,7 +412,10 @@ def test_wrong_use(capsys, tmp_path, checkpoint):
         assert "/proc/out: " in tell("--predict", source, "--out", "/proc/out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bare", "binary.pt", "in"]
     assert [p.name for p in (tmp_path / "in").iterdir()] == ["scan.nii"]
-    for wrong in (["--predict"], ["--predict", source, "--time"], ["--which", "teacher"]):
+    save(tmp_path / "alone.pt", dict(student=UNet(2, 4)))
+    assert "coteacher is not among student" in tell("--predict", source, *out, "--which", "coteacher",
+                                                    net=tmp_path / "alone.pt")
+    for wrong in (["--predict"], ["--predict", source, "--time"], ["--which", "teacher"], ["--entropy"]):
         with pytest.raises(SystemExit) as error:
             run(capsys, checkpoint, *wrong)
         assert error.value.code == 2
