@@ -356,20 +356,33 @@ def locked(out):
 
 
 @contextmanager
+def folder(path):
+    """A folder: made if absent, locked, rid of a killed process's temporary files, and not left behind empty."""
+    made = [d for d in (path, *path.parents) if not d.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with locked(path):
+            for part in (*path.glob(".*.tmp"), *path.glob(".*.part")):
+                part.unlink()
+            yield
+    finally:
+        for d in made:
+            with suppress(OSError):  # stays unless empty
+                d.rmdir()
+
+
+@contextmanager
 def workspace(out):
     """OUT for one preparation: made if absent, locked, and on an error without what this one has added.
 
     Ctrl-C and kills leave the finished files there: the next run goes on from them.
     """
-    made = [d for d in (out, *out.parents) if not d.exists()]
-
     def ours():
         names = ("data", "raw", "*.list", "manifest.json", "phantom.json", ".*.part")
         return {p for name in names for top in out.glob(name) for p in (top, *top.rglob("*"))}
 
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with locked(out):
+        with folder(out):
             before = ours()
             for part in [p for p in before if p.name.startswith(".") and p.suffix == ".part"]:  # a killed run's
                 part.unlink()
@@ -383,10 +396,6 @@ def workspace(out):
         raise DataError(f"{out}: a worker was killed, perhaps for memory; run again with --workers 1") from None
     except OSError as e:
         raise refusal(e.filename or out, e) from None
-    finally:
-        for d in made:
-            with suppress(OSError):  # stays unless empty
-                d.rmdir()
 
 
 def convert(raw, out, allow_missing=False, workers=None):

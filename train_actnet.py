@@ -2,7 +2,8 @@
 
     L_seg = L_dice + L_ce                              labelled slices
     L_kd  = distance(softmax(s / tau), softmax(t / tau))   teacher -> student, all slices          (Hete-KD)
-    L_co  = distance(softmax(s), softmax(c))               co-teacher -> student, other perturbation (Homo-KD)
+    L_co  = distance(softmax(s), softmax(c))               co-teacher -> student, other perturbation (Homo-KD);
+            or L_seg on the hard labels of teacher and co-teacher, unlabelled slices, where these are sure (default)
     L_stu = L_seg + lambda_kd * L_kd + lambda_co * L_co
     theta_c <- ema * theta_c + (1 - ema) * theta_s     after every step, batch-norm statistics too
 
@@ -48,13 +49,10 @@ from tqdm import tqdm
 import data_prep
 import evaluate
 import models
+from data_prep import DataError as UserError
 from kernels.dice_ce import dice_ce
 from kernels.student_loss import student_loss
 from models import UNet, count_parameters, load_checkpoint, pick_device, save_checkpoint, segment_volume
-
-
-class UserError(Exception):
-    """Something the user can mend: one line, exit code 2."""
 
 
 def flag(key):
@@ -150,6 +148,11 @@ def choose_cache(cache, device, need):
     return "device" if need < free / 4 else "ram" if need < memory / 4 else "disk"
 
 
+def deaf(worker):
+    """SIGTERM is the parent's to handle: it may go to the whole process group."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class Slices:
     """The training slices, cut or resized to one side; batches are drawn, and augmented on `device`. Everything random
     is a function of (seed, step): a resumed run goes on with the same batches, wherever the slices wait."""
@@ -159,13 +162,13 @@ class Slices:
         # A turned and scaled window of `size` mostly stays inside size + 64.
         self.side = cfg.size + 64 if cfg.view == "heart" else cfg.size
         self.names = names = data_prep.read_list(cfg.data, "train_slices", data_prep.SLICE)
-        if not names:
-            raise UserError(f"{cfg.data}/train_slices.list: empty; prepare the data with data_prep.py")
+        data_prep.require(names, f"{cfg.data}/train_slices.list", "empty")
         patients = list(dict.fromkeys(name[:10] for name in names))
         if not 1 <= cfg.labeled <= len(patients):
             raise UserError(f"--labeled {cfg.labeled}: {cfg.data} holds {len(patients)} training patients")
         self.patients = patients[:cfg.labeled]
         self.n_labeled = sum(name[:10] in self.patients for name in names)
+        names.sort(key=lambda name: name[:10] not in self.patients)                # stable; labelled first
         self.noise = torch.Generator(device)
         self.cache = choose_cache(cfg.cache, device, 3 * len(names) * self.side**2)
         if self.cache != "disk":
@@ -213,24 +216,24 @@ class Slices:
         if self.cache == "disk":
             try:
                 images, labels = self.read(index)
-            except data_prep.DataError as error:           # raised in a worker it would arrive with its traceback
+            except UserError as error:                     # raised in a worker it would arrive with its traceback
                 return error
             return images, labels[:n_labeled]
         index = torch.from_numpy(index).to(self.images.device, non_blocking=True)
         return self.images[index], self.labels[index[:n_labeled]]
 
     def batches(self, start, stop):
-        """batch(step) of the steps start to stop, read ahead where the slices do not wait on the device."""
-        workers = dict(num_workers=2, prefetch_factor=4) if self.cache == "disk" else {}
-        ahead = (self[step] for step in range(start, stop)) if self.cache == "device" else DataLoader(
-            self, batch_size=None, sampler=range(start, stop), pin_memory=self.device.type == "cuda", **workers)
-        for step, raw in zip(range(start, stop), ahead, strict=True):
+        """batch(step) of the steps start to stop, read ahead where the slices wait on disk."""
+        workers = dict(num_workers=2, prefetch_factor=4, worker_init_fn=deaf) if self.cache == "disk" else {}
+        pin = self.device.type == "cuda" and self.cache != "device"
+        loader = DataLoader(self, batch_size=None, sampler=range(start, stop), pin_memory=pin, **workers)
+        for step, raw in zip(range(start, stop), loader, strict=True):
             yield self.batch(step, raw)
 
     def batch(self, step, raw=None):
         """-> x (B, 1, S, S) float in 0..1, y (L, S, S) uint8 of its first L slices, and the step's random source."""
         raw = self[step] if raw is None else raw
-        if isinstance(raw, data_prep.DataError):
+        if isinstance(raw, UserError):
             raise raw
         images, labels = (part.to(self.device, non_blocking=True).float() for part in raw)
         cfg, n, rng = self.cfg, len(images), np.random.default_rng((self.cfg.seed, step))
@@ -293,11 +296,11 @@ def validate(net, volumes, inference):
 
 
 def describe(cfg, device, slices, nets):
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, text=True,
-                            capture_output=True).stdout.strip()
+    commit = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent, text=True,
+                            capture_output=True).stdout.strip()                 # shell: nothing where git is absent
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else \
         f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    return dict(config=asdict(cfg), command=" ".join(["python", *sys.argv]), commit=commit or "unknown", device=name,
+    return dict(config=asdict(cfg), command=shlex.join(["python", *sys.argv]), commit=commit or "unknown", device=name,
                 versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
                 labeled_patients=slices.patients, labeled_slices=slices.n_labeled, slices=len(slices.names),
                 parameters={k: count_parameters(n) for k, n in nets.items()})
@@ -363,7 +366,7 @@ class GlobalBatchNorm(nn.BatchNorm2d):
             return super().forward(x)
         f, n = x.float(), x.numel() / x.shape[1] * world()[1]
         mean, square = _Sum.apply(torch.stack([f.sum((0, 2, 3)), f.square().sum((0, 2, 3))])) / n
-        var = square - mean.square()
+        var = (square - mean.square()).clamp_min(0)
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * n / (n - 1), self.momentum)
@@ -374,7 +377,7 @@ class GlobalBatchNorm(nn.BatchNorm2d):
 
 def split(net, device):
     """The network for one of several processes: batch norm and gradients over all of them."""
-    if device.type == "cuda":
+    if device.type == "cuda":                                               # waits for the device in every layer
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     else:
         for module in net.modules():
@@ -487,7 +490,7 @@ class ActNet:
         form = dict(squared=cfg.dice == "squared", include_background=cfg.dice == "squared")         # of Dice
         weights = 1.0, 1.0, ramp * cfg.lambda_kd, ramp * cfg.lambda_co
         dice, ce, kd, co = student_loss(s, y, t, c if cfg.consistency == "mse" else None, tau=cfg.tau,
-                                        distill=cfg.distill, expected_grads=weights, **form)
+                                        distill=cfg.distill, expected_grads=[world()[1] * w for w in weights], **form)
         if c is not None and cfg.consistency == "pseudo":
             answers = [c] if t is None else [c, t[n_labeled:]]                   # both, where there is a teacher too
             sure, hard = torch.stack([a.float().softmax(1) for a in answers]).mean(0).max(1)     # (B - L, H, W)
@@ -515,9 +518,11 @@ COLUMNS = ("step", "seconds", "lr", "slices_per_s", *TERMS, "val_student", "val_
 
 def prepare(cfg):
     """The checks of a run -> its device, slices and networks."""
-    local = dist.is_initialized() and torch.cuda.is_available()                  # torchrun: a GPU for each process
+    local = dist.is_initialized() and torch.cuda.is_available() and not cfg.cpu  # torchrun: a GPU for each process
     gpu = int(os.environ["LOCAL_RANK"]) if local else None if cfg.gpu == -1 else cfg.gpu
     device = pick_device(gpu, cfg.cpu)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)                       # what has no tensor to go by: events, pinned memory, bf16?
     trained = [cfg.network] + ["teacher"] * (cfg.method in ("kd", "act") and not cfg.teacher_ckpt)
     for key, (depth, base) in ((key, getattr(cfg, key)) for key in trained):
         if cfg.size < 2**depth:                                 # batch norm would meet a single pixel
@@ -539,11 +544,9 @@ def train(cfg, resume=None):
     device, slices, act = prepare(cfg)
     nets, rank = act.nets, world()[0]
     volumes = [data_prep.read_volume(cfg.data, name) for name in data_prep.read_list(cfg.data, "val")]
-    if not volumes:
-        raise UserError(f"{cfg.data}/val.list: empty; the best checkpoint is chosen on val")
+    data_prep.require(volumes, f"{cfg.data}/val.list", "empty, and the best checkpoint is chosen on val")
     for v in volumes:
-        if v.label is None:
-            raise UserError(f"{cfg.data}: {v.name} of val.list holds no label; prepare the data again")
+        data_prep.require(v.label is not None, cfg.data, f"{v.name} of val.list holds no label")
     # A little more than was trained on: enough to hold every heart but the largest; far more costs a point of Dice.
     inference = dict(view=cfg.view, size=cfg.size * 9 // 8 if cfg.view == "heart" else cfg.size)
 
@@ -551,8 +554,8 @@ def train(cfg, resume=None):
     digest = fingerprint(cfg.data)
     if resume:
         start, trained_s, best = resume["step"], resume["seconds"], resume["best"]
-        if start >= cfg.iters and (run / "summary.json").exists():
-            raise UserError(f"--resume {run}: finished at step {start}; a larger --iters goes on")
+        if start > cfg.iters or (start == cfg.iters and (run / "summary.json").exists()):
+            raise UserError(f"--resume {run}: is at step {start}; a larger --iters goes on")
         if resume.get("data") != digest:
             raise UserError(f"--data {cfg.data}: not the slices and volumes that {run} began with; give those")
         try:
@@ -565,13 +568,13 @@ def train(cfg, resume=None):
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = data_prep.one_line(error)
             raise UserError(f"--resume {run}: the checkpoint's state does not fit its config ({reason})") from None
+    about = describe(cfg, device, slices, nets)                         # now: the code may change while it runs
     if rank == 0:
         if resume:
             (run / "summary.json").unlink(missing_ok=True)
             keep_log_until(run / "log.csv", start)
         else:
-            about = json.dumps(describe(cfg, device, slices, nets), indent=1) + "\n"
-            data_prep.write_atomic(run / "config.json", about.encode())
+            data_prep.write_atomic(run / "config.json", (json.dumps(about, indent=1) + "\n").encode())
             data_prep.write_atomic(run / "log.csv", (",".join(COLUMNS) + "\n").encode())
         sizes = ", ".join(f"{k} {count_parameters(n) / 1e6:.2f} M" for k, n in nets.items())
         print(f"{run}: {cfg.method}, {len(slices.patients)} labelled patients ({slices.n_labeled} of "
@@ -585,7 +588,7 @@ def train(cfg, resume=None):
 
     def refuse(step, problem):
         names = " ".join(slices.names[i] for i in slices.indices(step)[0])
-        raise UserError(f"step {step}: {problem}; slices {names}; the checkpoint before it is in {run}; "
+        raise UserError(f"step {step}: {problem}; slices {names}; the checkpoint before it, if any, is in {run}; "
                         "a lower --lr or --precision fp32 may help")
 
     def finite(history, done):
@@ -596,11 +599,9 @@ def train(cfg, resume=None):
                    ", ".join(f"{k} {v:.3g}" for k, v in zip(TERMS, terms[step], strict=True)))
         return terms
 
-    history, val, began, marked, done = [], {}, time.perf_counter(), None, start
+    history, began, marked, done = [], time.perf_counter(), (start, time.perf_counter()), start
     with watched(cfg.iters, start) as (bar, stop):
         for step, batch in enumerate(slices.batches(start, cfg.iters), start):
-            if marked is None:
-                marked = (step, time.perf_counter())
             history.append(act.step(step, *batch))
 
             done = step + 1
@@ -623,7 +624,7 @@ def train(cfg, resume=None):
             if not (due or last):
                 continue
 
-            # Everything below waits for the device; nothing above does.
+            # Everything below waits for the device; above only the look at the terms, every 20 steps, does.
             terms = finite(history, done)
             saves = done % cfg.val_every == 0 or last
             for name, net in nets.items() if saves else ():      # a loss may be finite and its gradient not
@@ -634,15 +635,13 @@ def train(cfg, resume=None):
             row = dict(zip(TERMS, terms.mean(0).round(6), strict=True), step=done, seconds=round(trained_s, 1),
                        lr=round(act.optimizer.param_groups[0]["lr"], 8),
                        slices_per_s=round((done - marked[0]) * cfg.batch / seconds, 1))
-            marked = None
             if rank > 0:
                 if last:
                     break
                 continue
             if done % cfg.val_every == 0 or done == cfg.iters:
-                for name in [k for k in nets if k != "teacher"]:
-                    val[name] = validate(nets[name], volumes, inference)
-                    row[f"val_{name}"] = round(float(val[name].mean()), 5)
+                val = {k: validate(net, volumes, inference) for k, net in nets.items() if k != "teacher"}
+                row |= {f"val_{k}": round(float(v.mean()), 5) for k, v in val.items()}
                 better = max(val, key=lambda k: val[k].mean())
                 if val[better].mean() > best["score"]:
                     best = dict(step=done, score=float(val[better].mean()), better=better,
@@ -660,6 +659,7 @@ def train(cfg, resume=None):
                 draw_curves(run)
             val_text = f"best val {best['score']:.4f}, " if best["step"] > 0 else ""
             bar.set_postfix_str(f"loss {row['loss']:.3f}, {val_text}{row['slices_per_s']:.0f} slices/s")
+            marked = done, time.perf_counter()
             if last:
                 break
     if rank > 0:
@@ -668,7 +668,7 @@ def train(cfg, resume=None):
         print(f"stopped at step {done} ({stop[0] if stop else '--minutes'}); "
               f"go on with: python train_actnet.py --resume {shlex.quote(str(run))}")
         return run
-    finish(cfg, act, describe(cfg, device, slices, nets), volumes, inference, best, round(trained_s, 1))
+    finish(cfg, act, about, volumes, inference, best, round(trained_s, 1))
     return run
 
 
@@ -679,8 +679,8 @@ def finish(cfg, act, about, volumes, inference, best, seconds):
     half = {k: v.half() if v.is_floating_point() else v for k, v in kept["networks"][kept["better"]].items()}
     save_checkpoint(run / "student.pt", {**kept, "networks": {kept["better"]: half}})
     networks = {("last", cfg.iters, name): net for name, net in act.nets.items()}
-    for name in best["val"]:
-        networks["best", best["step"], name] = models.load_model(run / "best.pt", act.device, name)[0]
+    for name in kept["val"]:
+        networks["best", kept["step"], name] = models.load_model(run / "best.pt", act.device, name)[0]
     summary = dict(last={}, best=best, seconds=seconds)
     print(f"{'on val, Dice':23}     RV     MYO      LV    mean   HD95 in voxels, mean")
     for (when, step, name), net in networks.items():
@@ -697,7 +697,7 @@ def finish(cfg, act, about, volumes, inference, best, seconds):
                 when=when, step=step, **{f"dice_{c}": x for c, x in dice.items()},
                 **{f"hd95_{c}": x for c, x in hd95.items()}, command=about["command"]))
     data_prep.write_atomic(run / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
-    print(f"kept: the {best['better']} of step {best['step']} in {run / 'best.pt'}, alone and in fp16 in student.pt; "
+    print(f"kept: the {kept['better']} of step {kept['step']} in {run / 'best.pt'}, alone and in fp16 in student.pt; "
           f"next: python evaluate.py {run / 'best.pt'} --data {cfg.data}")
 
 
@@ -741,11 +741,9 @@ class Clock:
 
 def flop(act):
     """Arithmetic of a step, convolutions only: forward 1, forward and backward 3; two per multiply-accumulate."""
-    cfg, n = act.cfg, act.cfg.batch
-    semi = cfg.method != "sup" and act.slices.n_labeled < len(act.slices.names)
-    passes = dict(student=3 * n, coteacher=n, teacher=n)
-    if semi and not cfg.teacher_ckpt:
-        passes["teacher"] += 2 * cfg.labeled_batch
+    cfg, n, labeled = act.cfg, act.cfg.batch, act.slices.indices(0)[1]
+    passes = dict(student=3 * n, coteacher=n - labeled * (cfg.consistency == "pseudo"),
+                  teacher=n + 2 * labeled * (not cfg.teacher_ckpt))
     return sum(2 * models.count_macs(net, cfg.size) * passes[name] for name, net in act.nets.items())
 
 
@@ -773,11 +771,11 @@ def bench(cfg, steps, table):
         import resource
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     about = describe(cfg, device, slices, act.nets)
+    shapes = {k: "{} {}".format(*n.architecture.values()) for k, n in act.nets.items() if k != "coteacher"}
     row = dict(
         date=time.strftime("%Y-%m-%d"), commit=about["commit"], device=about["device"], processes=world()[1],
         torch=torch.__version__, precision=act.precision, compile=cfg.compile, cache=slices.cache, view=cfg.view,
-        method=cfg.method, teacher="{} {}".format(*cfg.teacher) if "teacher" in act.nets else "",
-        student="{} {}".format(*act.nets["student"].architecture.values()), size=cfg.size, batch=cfg.batch, steps=steps,
+        method=cfg.method, **{"teacher": "", "student": "", **shapes}, size=cfg.size, batch=cfg.batch, steps=steps,
         ms_p20=p20, ms_p50=p50, ms_p80=p80, slices_per_s=1000 * cfg.batch / p50,
         **{f"{stage}_percent": 100 * s.sum() / total.sum() for stage, s in spans.items()},
         gflop=flop(act) / 1e9, matrix_tflops=rate / 1e12, floor_percent=1e5 * flop(act) / rate / p50, peak_mb=peak)
@@ -801,28 +799,12 @@ def watched(total, start):
 
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        with tqdm(total=total, initial=start, unit="step", dynamic_ncols=True,
+        with tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, disable=world()[0] > 0,
                   mininterval=1 if sys.stderr.isatty() else 30) as bar:
             yield bar, stop
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def run_folder(path):
-    """The run's folder: made, held by one process at a time, and not left behind empty."""
-    made = [d for d in (path, *path.parents) if not d.exists()]
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with data_prep.locked(path):
-            for part in (*path.glob(".*.tmp"), *path.glob(".*.part")):                               # a killed run's
-                part.unlink()
-            yield
-    finally:
-        for d in made:
-            with suppress(OSError):
-                d.rmdir()
 
 
 def load_last(run):
@@ -860,13 +842,8 @@ def keep_log_until(path, step):
 
 # ------------------------------------------------------------------------------------------------------------- main
 
-class Parser(data_prep.Parser):
-    def format_help(self):                              # no blank lines: it fits a screen
-        return super().format_help().replace("\n\n", "\n")
-
-
 def parse(argv):
-    parser = Parser(
+    parser = data_prep.Parser(
         description=__doc__.splitlines()[0], usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS,
         add_help=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=118))
     group = parser.add_argument_group("run")
@@ -883,12 +860,12 @@ def parse(argv):
         kind = dict(action=argparse.BooleanOptionalAction) if f.name == "compile" else \
             dict(action="store_true") if isinstance(f.default, bool) else \
             dict(type=int, nargs=2, metavar=("DEPTH", "BASE")) if isinstance(f.default, tuple) else \
-            dict(type=type(f.default), choices=f.metadata["choices"])
-        if kind.get("type") in (int, float) and "nargs" not in kind:
-            kind["metavar"] = "N" if kind["type"] is int else "X"
+            dict(type=type(f.default), choices=f.metadata["choices"],
+                 metavar={int: "N", float: "X"}.get(type(f.default)))
         shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         default = "" if f.default in ("", -1, False, 0.0) else f" [{shown}]"
-        group.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"] + default, **kind)
+        group.add_argument(flag(f.name), help=f.metadata["help"] + default, **kind)
+    blank, parser.format_help = parser.format_help, lambda: blank().replace("\n\n", "\n")      # it fits a screen
     return vars(parser.parse_args(argv))
 
 
@@ -898,6 +875,8 @@ def resolve(given):
     for key in ("teacher", "student"):
         if key in given:
             given[key] = tuple(given[key])
+    if demo and preset:
+        raise UserError("--demo and --preset: give one of them")
     if given.get("cpu") and "gpu" in given:
         raise UserError("--cpu and --gpu: give one of them")
     if folder is not None:
@@ -905,7 +884,7 @@ def resolve(given):
         unknown = resume["config"].keys() ^ {f.name for f in fields(Config)}
         if unknown:
             raise UserError(f"--resume {folder}: {sorted(map(str, unknown))[0]} of its config is not of this version")
-        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in resume["config"].items()}
+        saved = resume["config"]
         changed = [k for k, v in given.items() if k not in MAY_CHANGE and saved[k] != v]
         changed += ["preset"] * bool(preset) + ["demo"] * bool(demo) + ["out"] * (given.get("out", folder) != folder)
         if changed:
@@ -934,7 +913,7 @@ def main(argv=None):
         if steps is not None and steps < 1:
             raise UserError(f"--bench {steps}: give 1 or more")
         if folder is not None and rank == 0:
-            held.enter_context(run_folder(Path(folder)))                                     # before it is read
+            held.enter_context(data_prep.folder(Path(folder)))                                     # before it is read
         cfg, resume = resolve(given)
         if demo and rank == 0 and not (Path(cfg.data) / "manifest.json").exists() and \
                 data_prep.main(["--phantom", cfg.data]):
@@ -947,7 +926,7 @@ def main(argv=None):
             bench(cfg, steps, Path(__file__).parent / "results" / "step.csv")
             return 0
         if folder is None and rank == 0:
-            held.enter_context(run_folder(Path(cfg.out)))
+            held.enter_context(data_prep.folder(Path(cfg.out)))
         with held:
             run = train(cfg, resume)
         if dist.is_initialized():
@@ -955,8 +934,8 @@ def main(argv=None):
         if demo and rank == 0 and (run / "summary.json").exists():                              # not stopped before
             where = ["--cpu"] if cfg.cpu else ["--gpu", str(cfg.gpu)] if cfg.gpu >= 0 else []
             return evaluate.main([str(run / "best.pt"), "--data", cfg.data, "--out", str(run / "test"), *where])
-    except (UserError, data_prep.DataError, models.CheckpointError, models.DeviceError, OSError) as error:
-        if rank == 0:
+    except (UserError, models.CheckpointError, models.DeviceError, OSError) as error:
+        if rank == 0 or isinstance(error, models.DeviceError):
             print(f"train_actnet.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
@@ -966,7 +945,8 @@ def main(argv=None):
               "needs less", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("train_actnet.py: interrupted, not saved; --resume goes on from the last checkpoint", file=sys.stderr)
+        print("train_actnet.py: interrupted, not saved; --resume goes on from the last checkpoint, if there is one",
+              file=sys.stderr)
         return 130
     finally:
         held.close()
