@@ -3,7 +3,7 @@
     L_seg = L_dice + L_ce                              labelled slices
     L_kd  = distance(softmax(s / tau), softmax(t / tau))   teacher -> student, all slices          (Hete-KD)
     L_co  = distance(softmax(s), softmax(c))               co-teacher -> student, other perturbation (Homo-KD);
-            or L_seg on the hard labels of teacher and co-teacher, unlabelled slices, where these are sure (default)
+            or L_seg on hard labels of the co-teacher, and of a frozen teacher, where these are sure (default)
     L_stu = L_seg + lambda_kd * L_kd + lambda_co * L_co
     theta_c <- ema * theta_c + (1 - ema) * theta_s     after every step, batch-norm statistics too
 
@@ -492,7 +492,7 @@ class ActNet:
         dice, ce, kd, co = student_loss(s, y, t, c if cfg.consistency == "mse" else None, tau=cfg.tau,
                                         distill=cfg.distill, expected_grads=[world()[1] * w for w in weights], **form)
         if c is not None and cfg.consistency == "pseudo":
-            answers = [c] if t is None else [c, t[n_labeled:]]                   # both, where there is a teacher too
+            answers = [c, t[n_labeled:]] if frozen else [c]                      # a teacher trained along lags behind c
             sure, hard = torch.stack([a.float().softmax(1) for a in answers]).mean(0).max(1)     # (B - L, H, W)
             co = co + sum(dice_ce(s[n_labeled:], hard.masked_fill(sure < cfg.confidence, -100), **form))
         loss = sum(w * term for w, term in zip(weights, (dice, ce, kd, co), strict=True))    # L_stu

@@ -176,21 +176,25 @@ def test_cutmix_spares_the_labeled_and_shows_the_student_another_slice(data, con
     assert len(seen["coteacher", 1.0]) == len(plain) - labeled * (consistency == "pseudo")
 
 
-@pytest.mark.parametrize("method", ["mt", "act"])
-def test_hard_labels_are_the_mean_of_those_who_answer(data, monkeypatch, method):
-    """Of the co-teacher alone, or of co-teacher and teacher; a pixel below the confidence is ignored."""
-    cfg = config(data, method=method, cutmix=0.0, confidence=0.4, teacher=(2, 8), student=(2, 4), precision="fp32")
+@pytest.mark.parametrize("teacher", ["none", "along", "frozen"])
+def test_hard_labels_are_the_mean_of_those_who_answer(data, tmp_path, monkeypatch, teacher):
+    """Of the co-teacher alone, or of co-teacher and frozen teacher; a pixel below the confidence is ignored."""
+    net, path = models.UNet(2, 8), tmp_path / "teacher.pt"
+    models.save_checkpoint(path, dict(networks=dict(student=net.state_dict()), architecture=net.architecture,
+                                      inference=dict(view="heart", size=32), better="student"))
+    cfg = config(data, method="mt" if teacher == "none" else "act", teacher_ckpt=str(path) * (teacher == "frozen"),
+                 cutmix=0.0, confidence=0.4, teacher=(2, 8), student=(2, 4), precision="fp32")
     slices = Slices(cfg, torch.device("cpu"))
     act = ActNet(cfg, torch.device("cpu"), slices)
     answers, targets = [], []
-    for name in sorted({"coteacher", "teacher"} & act.nets.keys()):
+    for name in ("coteacher", "teacher")[:1 + (teacher == "frozen")]:
         act.nets[name].head.weight.data.mul_(30)                                            # surer than at the start
-        act.nets[name].register_forward_hook(lambda net, x, y: None if net.training else answers.append(y))
+        act.nets[name].register_forward_hook(lambda net, x, y: answers.append(y[-2:]))        # the two without labels
     monkeypatch.setattr(train_actnet, "dice_ce", lambda logits, target, **form: (
         targets.append(target), dice_ce(logits, target, **form))[1])
     x, y, rng = slices.batch(0)
     act.step(0, x, y, rng)
-    assert len(answers) == (2 if method == "act" else 1)
+    assert len(answers) == (2 if teacher == "frozen" else 1)
     probs = torch.stack([a.double().softmax(1) for a in answers]).mean(0)
     hard = probs.argmax(1).where(probs.amax(1) >= 0.4, -100)
     assert 0.02 < (hard == -100).float().mean() < 0.98
