@@ -169,7 +169,7 @@ def slow_files():
         time.sleep(0.1)
         return real(*args)
     os.replace = partial(late, os.replace)
-    multiprocessing.set_start_method("fork", force=True)                      # from the fork server workers come without it
+    multiprocessing.set_start_method("fork", force=True)           # a fork server gives workers without it
 
 
 def full_disk(room):
