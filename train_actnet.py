@@ -247,18 +247,39 @@ class Slices:
             zoom, flip = np.ones(n), rng.choice((-1, 1), n)
         theta = np.stack([np.stack([zoom * np.cos(angle) * flip, -zoom * np.sin(angle), shift[:, 0]], 1),
                           np.stack([zoom * np.sin(angle) * flip, zoom * np.cos(angle), shift[:, 1]], 1)], 1)
-        theta = torch.from_numpy(theta).float().to(self.device, non_blocking=True)                    # (B, 2, 3)
-        grid = F.affine_grid(theta, (n, 1, cfg.size, cfg.size), align_corners=False)
+        theta, bend = torch.from_numpy(theta).float(), None                                           # (B, 2, 3)
+        if cfg.view == "heart":
+            # Other hearts: stretched along one random axis and sheared, then bent by a pixel or two.
+            stretch, shear, zero = np.exp(rng.uniform(-0.15, 0.15, n)), rng.uniform(-0.2, 0.2, n), np.zeros(n)
+            axis = rng.uniform(0, np.pi, n)
+            turn = np.stack([np.cos(axis), -np.sin(axis), np.sin(axis), np.cos(axis)], 1).reshape(n, 2, 2)
+            form = np.stack([stretch, shear, zero, 1 / stretch], 1).reshape(n, 2, 2)
+            theta[:, :, :2] = theta[:, :, :2] @ torch.from_numpy(turn @ form @ turn.transpose(0, 2, 1)).float()
+            bend = rng.uniform(0, 1, (n, 1, 1, 1)) * rng.normal(0, 6 / self.side, (n, 2, 6, 6)) * (cfg.size / 128)
+        grid = F.affine_grid(theta.to(self.device, non_blocking=True), (n, 1, cfg.size, cfg.size), align_corners=False)
+        if bend is not None:
+            grid = grid + self.smooth(bend, cfg.size).permute(0, 2, 3, 1)                             # (B, S, S, 2)
         x = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
         y = F.grid_sample(labels, grid[:len(labels)], mode="nearest", align_corners=False)
         return x, y[:, 0].to(torch.uint8), rng
 
+    def smooth(self, nodes, size):
+        """(B, C, K, K) numpy -> (B, C, size, size) float on the device: a field through these values."""
+        nodes = torch.from_numpy(nodes).float().to(self.device, non_blocking=True)
+        return F.interpolate(nodes, (size, size), mode="bicubic", align_corners=True)
+
     def perturb(self, x, rng, strength):
-        """Gamma, then mean 0 and deviation 1 per slice, then contrast, brightness and noise."""
+        """Gamma, a coil's uneven field, mean 0 and deviation 1 per slice, blur or sharpening, contrast, brightness and
+        noise."""
         strength *= self.cfg.intensity
         draw = strength * rng.uniform(-1, 1, (4, len(x), 1, 1, 1))
         gamma, contrast, brightness, sigma = torch.from_numpy(draw).float().to(self.device, non_blocking=True)
         x = models.standardize(x.clamp_min(1e-4) ** torch.exp(0.5 * gamma))
+        field = self.smooth(strength * rng.normal(0, 0.3, (len(x), 1, 4, 4)), x.shape[-1])
+        x = models.standardize((x - x.amin((2, 3), keepdim=True)) * torch.exp(field))
+        blur = torch.from_numpy(strength * rng.uniform(-1, 1, (len(x), 1, 1, 1))).float()
+        blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+        x = x + blur.to(self.device, non_blocking=True) * (blurred - x)                         # below 0: sharper
         noise = torch.randn(x.shape, device=self.device, generator=self.noise)
         return x * torch.exp(0.3 * contrast) + 0.3 * brightness + 0.2 * sigma.abs() * noise
 

@@ -123,6 +123,29 @@ def test_labels_follow_the_image(data, view):
         assert abs(x[:2, 0][y == label].median() - brightness) < 0.05
 
 
+@pytest.mark.parametrize(("view", "bent"), [("heart", True), ("whole", False)])
+def test_hearts_are_stretched_and_bent(data, view, bent):
+    """Images that hold their own coordinates show the geometry: an affine map, far from a similarity, and a rest."""
+    slices = Slices(config(data, view=view, size=64), torch.device("cpu"))
+    ramp = (torch.arange(slices.side, dtype=torch.float64) + 0.5) * 1024 / slices.side              # exact in fp16
+    rows, columns = torch.meshgrid(ramp, ramp, indexing="ij")
+    plane = torch.stack([torch.ones(64, 64), *torch.meshgrid(*[torch.arange(64.0)] * 2, indexing="ij")], -1).double()
+    middle = plane[16:48, 16:48].reshape(-1, 3)                                # away from the replicated border
+    rests, stretches = [], []
+    for step in range(4):
+        seen = []
+        for coordinate in (rows, columns):
+            slices.images[:] = coordinate
+            seen.append(slices.batch(step)[0][:, 0, 16:48, 16:48].flatten(1).double() * slices.side / 1024)
+        for place in torch.stack(seen, -1):                                    # (32 * 32, 2) of one slice, pixels
+            fit = torch.linalg.lstsq(middle, place).solution
+            rests.append(float((middle @ fit - place).square().sum(1).mean().sqrt()))
+            large, small = torch.linalg.svdvals(fit[1:])
+            stretches.append(float(large / small))
+    assert (0.1 < np.median(rests) < 3 and 1.05 < np.median(stretches) < 1.6) if bent else \
+        (max(rests) < 0.1 and max(stretches) < 1.01)
+
+
 def test_labels_come_from_the_labeled_patients_in_any_order_of_the_list(data, tmp_path):
     shutil.copytree(data, tmp_path / "data")
     names = (data / "train_slices.list").read_text().split()
