@@ -523,25 +523,28 @@ def predict(nets, inference, paths, out, **options):
         if (out / name).parent.resolve() == source.resolve().parent:
             raise UsageError(f"--out {out}: holds {source}; give a folder apart, so that no file there is replaced")
     table = []
-    for source, name in tqdm(images.items(), desc="predict", unit="file", disable=None, leave=False):
-        try:
-            row = predict_file(nets, source, out / name, inference, **options)
-            text = f"{source}: {row['frames']} frame{'s' * (row['frames'] > 1)}"
-            if "ED" in row:
-                text += f", ED {row['ED']}, ES {row['ES']}; " + ", ".join(
-                    f"{_title(k)} {_number(1, _plain(row[k]))} {unit}" for k, unit in INDICES.items())
-            tqdm.write(text)
-            if row["axes"][:2] != "LP":
-                tqdm.write(f"evaluate.py: {source}: axes {row['axes']}, ACDC's are LPS: does the RV lie left of the LV "
-                           "in the overlay?", file=sys.stderr)
-        except (DataError, ValueError, RuntimeError, MemoryError) as error:
-            text = str(error) if isinstance(error, DataError) else f"{source}: {data_prep.one_line(error)}"
-            tqdm.write(f"evaluate.py: {text}", file=sys.stderr)
-            row = dict(file=str(source), error=text)
-        table.append(row)
     columns = ("file", "frames", "axes", *PHASES, *INDICES, "entropy", "disagreement", "error")
-    with _staging(out, ["predictions.csv"]) as folder:
-        _write_csv(folder / "predictions.csv", [{c: row.get(c) for c in columns} for row in table])
+    try:
+        for source, name in tqdm(images.items(), desc="predict", unit="file", disable=None, leave=False):
+            try:
+                row = predict_file(nets, source, out / name, inference, **options)
+                text = f"{source}: {row['frames']} frame{'s' * (row['frames'] > 1)}"
+                if "ED" in row:
+                    text += f", ED {row['ED']}, ES {row['ES']}; " + ", ".join(
+                        f"{_title(k)} {_number(1, _plain(row[k]))} {unit}" for k, unit in INDICES.items())
+                tqdm.write(text)
+                if row["axes"][:2] != "LP":
+                    tqdm.write(f"evaluate.py: {source}: axes {row['axes']}, ACDC's are LPS: does the RV lie left of "
+                               "the LV in the overlay?", file=sys.stderr)
+            except (DataError, ValueError, RuntimeError, MemoryError) as error:
+                text = str(error) if isinstance(error, DataError) else f"{source}: {data_prep.one_line(error)}"
+                tqdm.write(f"evaluate.py: {text}", file=sys.stderr)
+                row = dict(file=str(source), error=text)
+            table.append(row)
+    finally:                                                               # Ctrl-C, a full disk: of what is done
+        if table:
+            with _staging(out, ["predictions.csv"]) as folder:
+                _write_csv(folder / "predictions.csv", [{c: row.get(c) for c in columns} for row in table])
     failed = sum("error" in row for row in table)
     print(f"{out}: {len(table) - failed} of {len(table)} files segmented; predictions.csv lists them")
     return failed
@@ -743,6 +746,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.entropy and not args.predict:
         parser.error("--entropy goes with --predict")
+    if args.data and (args.predict or args.onnx or args.time):
+        parser.error("--data goes with an evaluation")
     out = args.onnx or args.out or (Path("predictions") if args.predict else args.checkpoint.parent / args.split)
     find, component = (bool(args.predict) if x is None else x for x in (args.find_heart, args.largest_component))
     try:

@@ -84,7 +84,7 @@ class Config:
     cache: str = option("auto", "where slices wait; auto: the first that fits", ("auto", "device", "ram", "disk"))
     size: int = option(160, "side of the training window, pixels", low=8, high=2048)
     view: str = option("heart", "heart: centre, native resolution; whole: slice squeezed", ("heart", "whole"))
-    intensity: float = option(1.0, "strength of gamma, contrast, brightness and noise", high=10)
+    intensity: float = option(1.0, "strength of gamma, uneven field, blur, contrast, brightness and noise", high=10)
     cutmix: float = option(0.5, "probability that an unlabelled slice gets a box of another", high=1)
     method: str = option("act", "labelled only; + co-teacher; + teacher; all", ("sup", "mt", "kd", "act"), "networks")
     network: str = option("student", "which is trained; teacher: sup, mt", ("student", "teacher"))

@@ -415,7 +415,8 @@ def test_wrong_use(capsys, tmp_path, checkpoint):
     save(tmp_path / "alone.pt", dict(student=UNet(2, 4)))
     assert "coteacher is not among student" in tell("--predict", source, *out, "--which", "coteacher",
                                                     net=tmp_path / "alone.pt")
-    for wrong in (["--predict"], ["--predict", source, "--time"], ["--which", "teacher"], ["--entropy"]):
+    for wrong in (["--predict"], ["--predict", source, "--time"], ["--which", "teacher"], ["--entropy"],
+                  ["--predict", source, "--data", tmp_path]):
         with pytest.raises(SystemExit) as error:
             run(capsys, checkpoint, *wrong)
         assert error.value.code == 2
@@ -447,7 +448,7 @@ def test_full_disk(capsys, monkeypatch, tmp_path, checkpoint, step):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_killed(tmp_path, checkpoint, number):
-    """Whatever is there under its name is whole; after SIGTERM no temporary folder either."""
+    """Whatever is there under its name is whole; after SIGTERM listed too, and no temporary folder."""
     for i in range(40):
         write_nifti(tmp_path / "in" / f"{i:02d}.nii", frame())
     command = [sys.executable, SCRIPT, checkpoint, "--predict", tmp_path / "in", "--out", tmp_path / "out", "--cpu"]
@@ -470,6 +471,9 @@ def test_killed(tmp_path, checkpoint, number):
         assert all((tmp_path / "out" / f"{stem}_{k}").stat().st_size for k in ("overlay.png", "volumes.csv"))
     if number == signal.SIGTERM:
         assert not [p for p in tmp_path.rglob(".*")]
+        listed = {f"{Path(r['file']).stem}_seg.nii.gz" for r in read_csv(tmp_path / "out" / "predictions.csv")}
+        assert listed <= done
+        assert len(done - listed) <= 1                                           # one may end before it is listed
 
 
 # ------------------------------------------------------------------------------------------- help, time, onnx, report

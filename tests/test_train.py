@@ -369,7 +369,8 @@ def test_two_processes_equal_one(data, tmp_path, method):
     assert len(two) == 20
     for a, b in zip(alone, two, strict=True):
         for term in train_actnet.TERMS:
-            assert a[term] == pytest.approx(b[term], abs=1e-5), (a["step"], term)
+            close = 2e-6 if a["step"] <= 5 else 1e-3                     # Adam divides rounding by rounding: it grows
+            assert a[term] == pytest.approx(b[term], abs=close), (a["step"], term)
     assert alone[-1]["val_student"] == pytest.approx(two[-1]["val_student"], abs=1e-3)
     assert (tmp_path / "two" / "summary.json").exists()
 
