@@ -362,7 +362,7 @@ def folder(path):
     try:
         path.mkdir(parents=True, exist_ok=True)
         with locked(path):
-            for part in (*path.glob(".*.tmp"), *path.glob(".*.part")):
+            for part in (*path.glob(".*.[0-9]*.tmp"), *path.glob(".*.part")):
                 part.unlink()
             yield
     finally:
