@@ -131,8 +131,8 @@ PRESETS = {
     "paper": dict(view="whole", size=256, batch=24, labeled_batch=12, iters=30000, optimizer="sgd", lr=0.01, ramp=0.2,
                   dice="squared", distill="mse", tau=20.0, consistency="mse", cutmix=0.0, intensity=0.3),
     "cpu": dict(size=128, batch=16, labeled_batch=8, iters=4000, teacher=(5, 16), val_every=250, log_every=10),
-    "demo": dict(data="data/phantom", labeled=3, size=96, batch=8, labeled_batch=4, iters=300, teacher=(4, 16),
-                 student=(4, 8), lr=0.01, ema=0.95, val_every=100, log_every=10),
+    "demo": dict(data="data/phantom", labeled=3, size=96, batch=8, labeled_batch=4, iters=450, teacher=(4, 16),
+                 student=(4, 8), lr=0.01, ema=0.95, val_every=150, log_every=10),
 }
 MAY_CHANGE = {"iters", "minutes", "gpu", "cpu", "out", "data", "table"}          # on --resume
 
