@@ -167,6 +167,19 @@ def test_perturbation_differs_between_draws_and_keeps_the_slice_normal(data):
     assert (strong - clean).abs().mean() > (mild - clean).abs().mean() > 0
 
 
+def test_perturbation_is_uneven_and_blurs_or_sharpens(data):
+    """The amplitude of a checkerboard, over a slice and in its quarters."""
+    board = (torch.arange(64)[:, None] + torch.arange(64)) % 2 * 2.0 - 1
+    slices = Slices(config(data), torch.device("cpu"))
+    slices.noise.manual_seed(0)
+    seen = slices.perturb((0.5 + 0.2 * board).expand(24, 1, 64, 64), np.random.default_rng(0), 1.0)[:, 0] * board
+    whole = seen.mean((1, 2))                                          # contrast alone: within exp(-0.3) to exp(0.3)
+    assert whole.min() < 0.6
+    assert whole.max() > 1.5
+    quarters = seen.unflatten(1, (2, 32)).unflatten(3, (2, 32)).mean((2, 4)).flatten(1)                   # (24, 4)
+    assert (quarters.amax(1) / quarters.amin(1)).median() > 1.1
+
+
 def test_cutmix_boxes(data):
     slices = Slices(config(data, cutmix=1.0), torch.device("cpu"))
     mask = slices.boxes(4, np.random.default_rng(0))
