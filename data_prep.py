@@ -314,7 +314,8 @@ def convert_patient(folder, split, out):
 def run_parallel(function, jobs, workers=None, title=""):
     """function(*job) for each job in `workers` processes, one per core by default -> results in order."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ProcessPoolExecutor(min(workers or cores, len(jobs)), initializer=_start_worker) as pool:
+    count = min(workers or cores, len(jobs), 61)  # Windows takes no more
+    with ProcessPoolExecutor(count, initializer=_start_worker) as pool:
         results = pool.map(function, *zip(*jobs, strict=True))  # an error cancels the jobs that wait
         return list(tqdm(results, desc=title, total=len(jobs), unit="patient", disable=None))
 

@@ -88,10 +88,6 @@ SKIPPED = re.compile(r"^\.|_(gt|seg|entropy)\.nii(\.gz)?$")         # in folders
 FIELD = (50, 1000)                   # mm that a slice can span; others are spacings in another unit, or none at all
 
 
-class UsageError(Exception):
-    """An option that the user can mend: one line."""
-
-
 # ---------------------------------------------------------------------------------------------------------- metrics
 
 def dice(pred, label):
@@ -223,10 +219,8 @@ def three_slices(mask):
 def draw_overlay(path, title, frames):
     """frames: [(phase, Volume, pred (Z, Y, X)), ...] -> a PNG: a row per level, a column per frame, of image,
     annotation (where there is one) and prediction."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
-    from PIL import Image
     annotated = all(v.label is not None for _, v, _ in frames)
     panels = ["image"] + ["annotation"] * annotated + ["prediction"]
     columns = len(frames) * len(panels)
@@ -263,10 +257,7 @@ def draw_overlay(path, title, frames):
             row[0].set_ylabel(f"{level}, slice {z + 1}", color="0.8", fontsize=10)
     handles = [Patch(facecolor="none", edgecolor=COLORS[c], linewidth=2, label=c) for c in CLASSES]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, labelcolor="white", fontsize=12)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())[..., :3]                                             # (H, W, 3) uint8
-    Image.fromarray(pixels).quantize(256).save(path, optimize=True)                       # a third of the bytes of RGB
+    figure.savefig(path)
 
 
 def draw_agreement(path, rows):
@@ -446,16 +437,16 @@ def find_images(paths):
     """Files, and folders of them, to {NIfTI file: name of its results, relative, without extension}, no name twice.
 
     A folder gives every *.nii and *.nii.gz below it but those of SKIPPED. Names are the files' own, or from the folder
-    given on; where two would be the same, from the deepest folder that holds all. Raises UsageError.
+    given on; where two would be the same, from the deepest folder that holds all. Raises DataError.
     """
     found = {}
     for path in map(Path, paths):
         if not os.path.exists(path):
-            raise UsageError(f"{path}: no such file or folder")
+            raise DataError(f"{path}: no such file or folder")
         inside = [path] if not path.is_dir() else sorted(
             p for p in path.rglob("*.nii*") if NIFTI.search(p.name) and not SKIPPED.search(p.name))
         if not inside:
-            raise UsageError(f"{path}: holds no .nii or .nii.gz to segment")
+            raise DataError(f"{path}: holds no .nii or .nii.gz to segment")
         for p in inside:
             found.setdefault(p.resolve(), (p, p.relative_to(path) if path.is_dir() else Path(p.name)))
     common = os.path.commonpath([p.parent for p in found])
@@ -486,8 +477,9 @@ def predict_file(nets, source, stem, inference, find=True, component=True, entro
         rows.append(dict(frame=t + 1, phase="", **ml, entropy=_mean(result.entropy[result.labels > 0]),
                          disagreement=_mean(result.disagreement)))
     ml = np.array([[r[f"{c.lower()}_ml"] for c in CLASSES] for r in rows])                         # (T, 3)
-    cine = len(frames) > 1 and ml[:, 2].any()
-    phases = dict(zip(PHASES, (int(ml[:, 2].argmax()), int(ml[:, 2].argmin())), strict=True)) if cine else {}
+    cavity = np.where(ml[:, 2] > 0, ml[:, 2], np.inf)                    # a frame without any is a failure, not systole
+    cine = np.isfinite(cavity).sum() > 1
+    phases = dict(zip(PHASES, (int(ml[:, 2].argmax()), int(cavity.argmin())), strict=True)) if cine else {}
     indices = clinical_indices(*(ml[t] for t in phases.values())) if cine else {}
     shown = []
     for phase, t in phases.items() or (("", 0),):
@@ -517,11 +509,11 @@ def _save_like(nifti, array, path):
 
 def predict(nets, inference, paths, out, **options):
     """Segment files and folders into `out`, as predict_file; a bad file is reported and the others are done. Returns
-    the number of bad ones. Raises UsageError before anything is written, OSError where `out` takes no more."""
+    the number of bad ones. Raises DataError before anything is written, OSError where `out` takes no more."""
     images, out = find_images(paths), Path(out)
     for source, name in images.items():
         if (out / name).parent.resolve() == source.resolve().parent:
-            raise UsageError(f"--out {out}: holds {source}; give a folder apart, so that no file there is replaced")
+            raise DataError(f"--out {out}: holds {source}; give a folder apart, so that no file there is replaced")
     table = []
     columns = ("file", "frames", "axes", *PHASES, *INDICES, "entropy", "disagreement", "error")
     try:
@@ -752,6 +744,7 @@ def main(argv=None):
     find, component = (bool(args.predict) if x is None else x for x in (args.find_heart, args.largest_component))
     try:
         device = pick_device(args.gpu, args.cpu)
+        torch.backends.cudnn.allow_tf32 = False                                    # a GPU's scores as a CPU's
         if args.predict or args.onnx or args.time:
             nets, checkpoint = load_networks(args.checkpoint, device, args.which)
             inference = checkpoint["inference"]
@@ -760,7 +753,7 @@ def main(argv=None):
             return 1 if predict(nets, inference, args.predict, out, **options) else 0
         if args.onnx:
             if not importlib.util.find_spec("onnxscript"):
-                raise UsageError("--onnx wants the package onnxscript: pip install onnxscript")
+                raise DataError("--onnx wants the package onnxscript: pip install onnxscript")
             classes = ",".join(("background", *CLASSES))
             steps = ("central window of" if inference["view"] == "heart" else "whole slice resized to") + \
                 " size x size pixels; the graph standardises each slice; argmax of the logits"
@@ -776,7 +769,7 @@ def main(argv=None):
                       f"{inference['size']})")
             return 0
         summary = evaluate_checkpoint(args.checkpoint, out, args.data, args.split, args.which, device, find, component)
-    except (CheckpointError, DataError, DeviceError, UsageError, OSError) as error:
+    except (CheckpointError, DataError, DeviceError, OSError) as error:
         text = error if not isinstance(error, OSError) else f"{out}: {error.strerror or error}; choose another " \
             f"{'FILE' if args.onnx else '--out'} or free some space"
         print(f"evaluate.py: {text}", file=sys.stderr)

@@ -115,7 +115,8 @@ def segment_volume(net, volume, size, view="heart", batch=16, return_probs=False
     Raises ValueError unless the volume is 3D and finite. The network's mode is restored.
     """
     device = next(net.parameters()).device
-    volume = torch.from_numpy(np.array(volume, np.float32))                  # a copy; any byte order
+    with np.errstate(over="ignore"):                                         # beyond fp32: infinite, refused below
+        volume = torch.from_numpy(np.array(volume, np.float32))              # a copy; any byte order
     if volume.ndim != 3 or volume.numel() == 0:
         raise ValueError(f"segment_volume wants (Z, Y, X), got {tuple(volume.shape)}")
     low, high = volume.min(), volume.max()
@@ -221,7 +222,7 @@ def load_checkpoint(path, device="cpu"):
 def load_model(path, device="cpu", which=None):
     """best.pt -> (network in eval mode, the checkpoint's dict). `which`: "student" or "coteacher", by default the one
     that was better on val. Raises CheckpointError."""
-    checkpoint = load_checkpoint(path, device)
+    checkpoint = load_checkpoint(path)
     try:
         which = which or checkpoint["better"]
         net = UNet(**checkpoint["architecture"])

@@ -149,8 +149,9 @@ def choose_cache(cache, device, need):
 
 
 def deaf(worker):
-    """SIGTERM is the parent's to handle: it may go to the whole process group."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """SIGTERM and Ctrl-C are the parent's to handle: they may go to the whole process group."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Slices:
@@ -224,7 +225,8 @@ class Slices:
 
     def batches(self, start, stop):
         """batch(step) of the steps start to stop, read ahead where the slices wait on disk."""
-        workers = dict(num_workers=2, prefetch_factor=4, worker_init_fn=deaf) if self.cache == "disk" else {}
+        ahead = dict(num_workers=min(8, os.cpu_count() or 2), prefetch_factor=4, worker_init_fn=deaf)
+        workers = ahead if self.cache == "disk" else {}
         pin = self.device.type == "cuda" and self.cache != "device"
         loader = DataLoader(self, batch_size=None, sampler=range(start, stop), pin_memory=pin, **workers)
         for step, raw in zip(range(start, stop), loader, strict=True):
@@ -236,50 +238,55 @@ class Slices:
         if isinstance(raw, UserError):
             raise raw
         images, labels = (part.to(self.device, non_blocking=True).float() for part in raw)
-        cfg, n, rng = self.cfg, len(images), np.random.default_rng((self.cfg.seed, step))
+        rng = np.random.default_rng((self.cfg.seed, step))
         self.noise.manual_seed(int(rng.integers(2**62)))
-        if cfg.view == "heart":
-            angle = np.radians(rng.uniform(-60, 60, n))                    # as hearts lie; 20 or 180 are worse on val
-            shift = rng.uniform(-1, 1, (n, 2)) * cfg.size / 4 / self.side                 # an eighth of the window
-            zoom, flip = np.exp(rng.uniform(-0.25, 0.25, n)) * cfg.size / self.side, np.ones(n)
-        else:
-            angle, shift = rng.integers(4, size=n) * np.pi / 2, np.zeros((n, 2))
-            zoom, flip = np.ones(n), rng.choice((-1, 1), n)
-        theta = np.stack([np.stack([zoom * np.cos(angle) * flip, -zoom * np.sin(angle), shift[:, 0]], 1),
-                          np.stack([zoom * np.sin(angle) * flip, zoom * np.cos(angle), shift[:, 1]], 1)], 1)
-        theta, bend = torch.from_numpy(theta).float(), None                                           # (B, 2, 3)
-        if cfg.view == "heart":
-            # Other hearts: stretched along one random axis and sheared, then bent by a pixel or two.
-            stretch, shear, zero = np.exp(rng.uniform(-0.15, 0.15, n)), rng.uniform(-0.2, 0.2, n), np.zeros(n)
-            axis = rng.uniform(0, np.pi, n)
-            turn = np.stack([np.cos(axis), -np.sin(axis), np.sin(axis), np.cos(axis)], 1).reshape(n, 2, 2)
-            form = np.stack([stretch, shear, zero, 1 / stretch], 1).reshape(n, 2, 2)
-            theta[:, :, :2] = theta[:, :, :2] @ torch.from_numpy(turn @ form @ turn.transpose(0, 2, 1)).float()
-            bend = rng.uniform(0, 1, (n, 1, 1, 1)) * rng.normal(0, 6 / self.side, (n, 2, 6, 6)) * (cfg.size / 128)
-        grid = F.affine_grid(theta.to(self.device, non_blocking=True), (n, 1, cfg.size, cfg.size), align_corners=False)
-        if bend is not None:
-            grid = grid + self.smooth(bend, cfg.size).permute(0, 2, 3, 1)                             # (B, S, S, 2)
+        grid = self.geometry(len(images), rng)
         x = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
         y = F.grid_sample(labels, grid[:len(labels)], mode="nearest", align_corners=False)
         return x, y[:, 0].to(torch.uint8), rng
 
+    def put(self, array):
+        """numpy -> float on the device."""
+        return torch.from_numpy(array).float().to(self.device, non_blocking=True)
+
     def smooth(self, nodes, size):
-        """(B, C, K, K) numpy -> (B, C, size, size) float on the device: a field through these values."""
-        nodes = torch.from_numpy(nodes).float().to(self.device, non_blocking=True)
-        return F.interpolate(nodes, (size, size), mode="bicubic", align_corners=True)
+        """(n, C, K, K) numpy -> (n, C, size, size) float on the device: a field through these values."""
+        return F.interpolate(self.put(nodes), (size, size), mode="bicubic", align_corners=True)
+
+    def geometry(self, n, rng):
+        """-> grid_sample's grid (n, S, S, 2), float on the device: where the pixels of a window lie in their slice."""
+        size, side = self.cfg.size, self.side
+
+        def turn(angle):
+            return np.stack([np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)], 1).reshape(n, 2, 2)
+
+        if self.cfg.view == "heart":
+            linear = turn(np.radians(rng.uniform(-60, 60, n)))             # as hearts lie; 20 or 180 are worse on val
+            shift = rng.uniform(-1, 1, (n, 2, 1)) * size / 4 / side                       # an eighth of the window
+            linear *= np.exp(rng.uniform(-0.25, 0.25, (n, 1, 1))) * size / side
+            # Other hearts: stretched along one random axis and sheared, then bent by a pixel or two.
+            stretch, shear, zero = np.exp(rng.uniform(-0.15, 0.15, n)), rng.uniform(-0.2, 0.2, n), np.zeros(n)
+            axis = turn(rng.uniform(0, np.pi, n))
+            form = axis @ np.stack([stretch, shear, zero, 1 / stretch], 1).reshape(n, 2, 2) @ axis.transpose(0, 2, 1)
+            bend = rng.uniform(0, 1, (n, 1, 1, 1)) * rng.normal(0, 6 / side, (n, 2, 6, 6)) * (size / 128)
+        else:
+            linear = turn(rng.integers(4, size=n) * np.pi / 2)
+            linear[:, :, 0] *= rng.choice((-1, 1), (n, 1))
+            shift, form, bend = np.zeros((n, 2, 1)), np.eye(2)[None].repeat(n, 0), np.zeros((n, 2, 1, 1))
+        theta = torch.cat([self.put(linear) @ self.put(form), self.put(shift)], 2)                       # (n, 2, 3)
+        grid = F.affine_grid(theta, (n, 1, size, size), align_corners=False)
+        return grid + self.smooth(bend, size).permute(0, 2, 3, 1)
 
     def perturb(self, x, rng, strength):
         """Gamma, a coil's uneven field, mean 0 and deviation 1 per slice, blur or sharpening, contrast, brightness and
         noise."""
         strength *= self.cfg.intensity
-        draw = strength * rng.uniform(-1, 1, (4, len(x), 1, 1, 1))
-        gamma, contrast, brightness, sigma = torch.from_numpy(draw).float().to(self.device, non_blocking=True)
+        gamma, contrast, brightness, sigma = self.put(strength * rng.uniform(-1, 1, (4, len(x), 1, 1, 1)))
         x = models.standardize(x.clamp_min(1e-4) ** torch.exp(0.5 * gamma))
         field = self.smooth(strength * rng.normal(0, 0.3, (len(x), 1, 4, 4)), x.shape[-1])
         x = models.standardize((x - x.amin((2, 3), keepdim=True)) * torch.exp(field))
-        blur = torch.from_numpy(strength * rng.uniform(-1, 1, (len(x), 1, 1, 1))).float()
-        blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
-        x = x + blur.to(self.device, non_blocking=True) * (blurred - x)                         # below 0: sharper
+        blur = self.put(strength * rng.uniform(-1, 1, (len(x), 1, 1, 1)))                        # below 0: sharper
+        x = x + blur * (F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1) - x)
         noise = torch.randn(x.shape, device=self.device, generator=self.noise)
         return x * torch.exp(0.3 * contrast) + 0.3 * brightness + 0.2 * sigma.abs() * noise
 
@@ -288,7 +295,7 @@ class Slices:
         size = self.cfg.size
         side = size * rng.uniform(0.25, 0.5, (n, 2)) * (rng.random((n, 1)) < self.cfg.cutmix)
         low = rng.uniform(0, size - side)
-        edges = torch.from_numpy(np.stack([low, low + side])).float().to(self.device, non_blocking=True)  # (2, n, 2)
+        edges = self.put(np.stack([low, low + side]))                                                     # (2, n, 2)
         ticks = torch.arange(size, device=self.device)
         inside = (ticks >= edges[0, :, :, None]) & (ticks < edges[1, :, :, None])                         # (n, 2, S)
         return inside[:, None, 0, :, None] & inside[:, None, 1, None, :]
@@ -328,35 +335,33 @@ def describe(cfg, device, slices, nets):
 
 
 def append_row(path, row):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", newline="") as f:
-        writer = csv.DictWriter(f, row)
-        if f.tell() == 0:
-            writer.writeheader()
-        writer.writerow(row)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", newline="") as f:
+            writer = csv.DictWriter(f, row, lineterminator="\n")
+            if f.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
+    except OSError as error:                                                # a failed write does not name its file
+        raise data_prep.refusal(path, error) from None
 
 
 def draw_curves(run):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    with open(run / "log.csv") as f:
-        rows = list(csv.DictReader(f))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    from matplotlib.figure import Figure
+    rows = list(csv.DictReader((run / "log.csv").read_text().splitlines()))
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for axes, columns in ((left, ("dice", "ce", "kd", "co", "teacher")), (right, ("val_student", "val_coteacher"))):
         for column in columns:
             points = [(int(r["step"]), float(r[column])) for r in rows if r[column]]
             if points:
                 axes.plot(*zip(*points, strict=True), label=column, linewidth=1)
-        axes.set_xlabel("step")
         if axes.lines:
             axes.legend()
-    left.set(yscale="log", title="training losses")
-    right.set(title="mean Dice on val")
-    figure.tight_layout()
+    left.set(xlabel="step", yscale="log", title="training losses")
+    right.set(xlabel="step", title="mean Dice on val")
     png = io.BytesIO()
     figure.savefig(png, dpi=90)
-    plt.close(figure)
     data_prep.write_atomic(run / "curves.png", png.getvalue())
 
 
@@ -459,7 +464,9 @@ class ActNet:
             self.optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=0.05, fused=True)
         else:
             self.optimizer = torch.optim.SGD(parameters, lr=cfg.lr, momentum=0.9, weight_decay=1e-4, fused=True)
-        self.forward = {name: torch.compile(net) if cfg.compile else net for name, net in self.nets.items()}
+        self.forward = dict(self.nets)
+        if cfg.compile:                                       # static: the networks differ in their number of rows
+            self.forward = {name: torch.compile(net, dynamic=False) for name, net in self.nets.items()}
         if world()[1] > 1:
             self.forward |= {name: split(self.forward[name], device) for name in trained}
 
@@ -470,7 +477,7 @@ class ActNet:
         student, coteacher, teacher = (self.forward.get(name) for name in ("student", "coteacher", "teacher"))
         use_teacher, use_coteacher, frozen = teacher is not None, coteacher is not None, bool(cfg.teacher_ckpt)
         for group in self.optimizer.param_groups:
-            group["lr"] = cfg.lr * (1 - step / cfg.iters) ** 0.9
+            group["lr"] = cfg.lr * max(0, 1 - step / cfg.iters) ** 0.9
         ramp = math.exp(-5 * (1 - min(1, step / max(1, cfg.ramp * cfg.iters))) ** 2)
 
         # One geometry for all three networks, an intensity of its own for each: the students of this game see hard
@@ -552,6 +559,7 @@ def prepare(cfg):
     if cfg.batch % size or cfg.labeled_batch % size:
         raise UserError(f"--batch {cfg.batch} --labeled-batch {cfg.labeled_batch}: {size} processes want multiples")
     torch.backends.cudnn.benchmark = not cfg.deterministic
+    torch.backends.cudnn.allow_tf32 = False                            # fp32, validation's too, is fp32
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # warn_only: max-pooling's backward is called non-deterministic, but our windows do not overlap.
@@ -591,12 +599,10 @@ def train(cfg, resume=None):
             raise UserError(f"--resume {run}: the checkpoint's state does not fit its config ({reason})") from None
     about = describe(cfg, device, slices, nets)                         # now: the code may change while it runs
     if rank == 0:
-        if resume:
-            (run / "summary.json").unlink(missing_ok=True)
-            keep_log_until(run / "log.csv", start)
-        else:
+        if not resume:
             data_prep.write_atomic(run / "config.json", (json.dumps(about, indent=1) + "\n").encode())
-            data_prep.write_atomic(run / "log.csv", (",".join(COLUMNS) + "\n").encode())
+        (run / "summary.json").unlink(missing_ok=True)
+        keep_log_until(run / "log.csv", start)
         sizes = ", ".join(f"{k} {count_parameters(n) / 1e6:.2f} M" for k, n in nets.items())
         print(f"{run}: {cfg.method}, {len(slices.patients)} labelled patients ({slices.n_labeled} of "
               f"{len(slices.names)} slices, cache {slices.cache}), {sizes}, {device}, {act.precision}", flush=True)
@@ -627,7 +633,7 @@ def train(cfg, resume=None):
 
             done = step + 1
             bar.update()
-            out_of_time = cfg.minutes and time.perf_counter() - began > 60 * cfg.minutes
+            stopping = bool(stop) or 0 < 60 * cfg.minutes < time.perf_counter() - began
             due = done % cfg.log_every == 0 or done % cfg.val_every == 0 or done == cfg.iters
             if len(history) % 20 == 0 and not due:                   # found at most 20 steps late; due: looked at below
                 finite(history, done)
@@ -636,12 +642,10 @@ def train(cfg, resume=None):
                 advice = "; --preset cpu is smaller" if hours > 1 else ""
                 bar.write(f"about {60 * hours:.0f} minutes on this CPU{advice}")
             if world()[1] > 1 and due:                                            # all stop, or none
-                votes = torch.tensor(float(bool(stop) or bool(out_of_time)), device=device)
+                votes = torch.tensor(float(stopping), device=device)
                 dist.all_reduce(votes)
-                out_of_time = votes.item() > 0
-            elif world()[1] > 1:
-                continue
-            last = done == cfg.iters or bool(stop) or bool(out_of_time)
+                stopping = votes.item() > 0
+            last = done == cfg.iters or (stopping and (due or world()[1] == 1))
             if not (due or last):
                 continue
 
@@ -670,11 +674,7 @@ def train(cfg, resume=None):
                     save_checkpoint(run / "best.pt", dict(
                         networks={k: nets[k].state_dict() for k in val}, architecture=nets["student"].architecture,
                         inference=inference, better=better, step=done, val=best["val"], config=asdict(cfg)))
-            try:
-                with open(run / "log.csv", "a", newline="") as f:
-                    csv.DictWriter(f, COLUMNS, lineterminator="\n").writerow(row)
-            except OSError as error:                        # a failed write does not name its file
-                raise data_prep.refusal(run / "log.csv", error) from None
+            append_row(run / "log.csv", {column: row.get(column, "") for column in COLUMNS})
             if saves:
                 save(done)
                 draw_curves(run)
@@ -786,11 +786,7 @@ def bench(cfg, steps, table):
     spans["data"] = spans["data"].reshape(steps, 2).sum(1)                                # drawn, then perturbed
     total = sum(spans.values())
     p20, p50, p80 = 1000 * np.quantile(total, (0.2, 0.5, 0.8))
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) / 2**20
-    else:
-        import resource
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else ""
     about = describe(cfg, device, slices, act.nets)
     shapes = {k: "{} {}".format(*n.architecture.values()) for k, n in act.nets.items() if k != "coteacher"}
     row = dict(
@@ -887,15 +883,12 @@ def parse(argv):
         default = "" if f.default in ("", -1, False, 0.0) else f" [{shown}]"
         group.add_argument(flag(f.name), help=f.metadata["help"] + default, **kind)
     blank, parser.format_help = parser.format_help, lambda: blank().replace("\n\n", "\n")      # it fits a screen
-    return vars(parser.parse_args(argv))
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
 
 
 def resolve(given):
     """Command-line options -> (Config, checkpoint to resume from or None): defaults < preset < given."""
     preset, demo, folder = given.pop("preset", None), given.pop("demo", False), given.pop("resume", None)
-    for key in ("teacher", "student"):
-        if key in given:
-            given[key] = tuple(given[key])
     if demo and preset:
         raise UserError("--demo and --preset: give one of them")
     if given.get("cpu") and "gpu" in given:
@@ -960,7 +953,7 @@ def main(argv=None):
             print(f"train_actnet.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
-        if "memory" not in str(error) and not isinstance(error, MemoryError):
+        if "alloc" not in str(error).lower() and not isinstance(error, MemoryError):   # an illegal memory access, say
             raise
         print(f"train_actnet.py: out of memory ({data_prep.one_line(error)}); a smaller --batch, --size or --teacher "
               "needs less", file=sys.stderr)

@@ -621,6 +621,20 @@ def test_out_of_memory_is_one_line(data, tmp_path, capfd):
     one_line(capfd.readouterr().err.splitlines()[-1], "memory", "--batch")
 
 
+def test_a_fault_of_a_kernel_is_not_taken_for_want_of_memory(data, tmp_path, monkeypatch):
+    def step(*args):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered", 700)
+
+    monkeypatch.setattr(train_actnet.ActNet, "step", step)
+    with pytest.raises(torch.AcceleratorError):
+        main(*arguments(data, tmp_path / "run"))
+
+
+def test_a_table_that_cannot_grow_is_named():
+    with pytest.raises(DataError, match="/dev/full"):
+        train_actnet.append_row(Path("/dev/full"), {"step": 1})
+
+
 # ------------------------------------------------------------------------------------------------- preparation
 
 def test_a_preparation_killed_at_random_moments(server, raw, data, tmp_path):

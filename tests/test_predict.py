@@ -205,6 +205,22 @@ def test_cine(capsys, tmp_path, checkpoint):
             assert (np.abs(pixels - rgb).sum(-1) < 60).sum() > 300, (name, color)
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_a_frame_without_a_cavity_is_not_systole(capsys, tmp_path, checkpoint, monkeypatch):
+    """An ejection fraction of 100 % from one failed frame would look like a result."""
+    def segment(nets, volume, *args):
+        result = real(nets, volume, *args)
+        return result._replace(labels=0 * result.labels) if np.array_equal(volume, failed) else result
+
+    real, failed = evaluate.segment, cine()[2]
+    monkeypatch.setattr(evaluate, "segment", segment)
+    source = write_nifti(tmp_path / "cine.nii.gz", cine())
+    run(capsys, checkpoint, "--predict", source, "--out", tmp_path / "out")
+    row, = read_csv(tmp_path / "out" / "predictions.csv")
+    assert (row["ED"], row["ES"]) == ("2", "5")
+    assert read_csv(tmp_path / "out" / "cine_volumes.csv")[2]["lv_ml"] == "0"
+
+
 def test_nothing_found(capsys, tmp_path, checkpoint):
     """No heart: empty label maps, no phases, no EF, and every file all the same; a cine of one frame is no cine."""
     write_nifti(tmp_path / "in" / "flat.nii", np.zeros((2, 3, 40, 40), np.float32))

@@ -301,6 +301,15 @@ def test_frozen_teacher_stays_and_teaches(data, tmp_path):
         assert torch.equal(tensor, after["networks"]["teacher"][name]), name
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_teacher_along_learns_in_every_layer(data, precision):
+    """It first answers without gradients, then learns, inside one autocast: a cached cast would cut its gradients."""
+    _, slices, act = train_actnet.prepare(config(data, student=(2, 4), teacher=(2, 8), cpu=True, precision=precision))
+    act.step(0, *slices.batch(0))
+    for net in ("student", "teacher"):
+        assert [n for n, p in act.nets[net].named_parameters() if not p.grad.any()] == []
+
+
 def test_start_from_a_checkpoint(data, tmp_path, capsys):
     run(data, tmp_path / "first", "--method", "kd", "--network", "student")
     best = tmp_path / "first" / "best.pt"
@@ -364,8 +373,8 @@ def test_damaged_slice_read_ahead_is_one_line(data, tmp_path, capsys):
     shutil.copytree(data, copy)
     (copy / "data/slices/patient099_frame01_slice_2.h5").write_bytes(b"")
     assert main(["--data", str(copy), "--out", str(tmp_path / "run"), *SMALL, "--cache", "disk", "--iters", "6"]) == 2
-    error = capsys.readouterr().err.splitlines()
-    assert "patient099_frame01_slice_2.h5" in error[-1]
+    error = capsys.readouterr().err
+    assert "patient099_frame01_slice_2.h5" in error.splitlines()[-1]
     assert "Traceback" not in error
 
 
@@ -389,7 +398,7 @@ def test_two_processes_equal_one(data, tmp_path, method):
 
 
 def test_bench_times_every_stage(data, tmp_path):
-    cfg = config(data, student=(2, 4), teacher=(2, 8), cpu=True, precision="fp32")
+    cfg = config(data, student=(2, 4), teacher=(2, 8), cpu=True, precision="fp32", iters=2)      # fewer than are timed
     train_actnet.bench(cfg, 4, tmp_path / "results" / "step.csv")
     train_actnet.bench(config(data, student=(2, 4), method="sup", cpu=True), 4, tmp_path / "results" / "step.csv")
     with open(tmp_path / "results" / "step.csv") as f:
