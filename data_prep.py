@@ -227,9 +227,25 @@ def read_list(root, split, pattern=VOLUME):
     return names
 
 
+def volume_paths(root, name):
+    """The files of a volume: one, or of a train volume its slices from base to apex."""
+    path = h5_path(root, name)
+    if path.is_file() or not (Path(root) / "train_slices.list").is_file():
+        return [path]
+    slices = [n for n in read_list(root, "train_slices", SLICE) if n.startswith(f"{name}_slice_")]
+    return [h5_path(root, n) for n in sorted(slices, key=lambda n: int(n.rpartition("_")[2]))] or [path]
+
+
 def read_volume(root, name):
-    """One volume of val, test or official by its name in the list."""
-    image, label, attrs = read_h5(h5_path(root, name), 3)
+    """One volume by its name in a list: (Z, Y, X), of train its slices stacked."""
+    paths = volume_paths(root, name)
+    if len(paths) == 1 and "_slice_" not in paths[0].name:
+        image, label, attrs = read_h5(paths[0], 3)
+    else:
+        images, labels, attrs = zip(*(read_h5(path, 2) for path in paths), strict=True)
+        whole = len({i.shape for i in images}) == 1 and all(x is not None for x in labels)
+        require(whole, paths[0], "and the other slices of its volume are not of one shape, all with labels")
+        image, label, attrs = np.stack(images), np.stack(labels), attrs[0]
     return Volume(name, image, label, attrs.get("spacing"), attrs.get("group"))
 
 

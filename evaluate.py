@@ -73,7 +73,7 @@ from models import (
     segment_volume,
 )
 
-SPLITS = ("val", "test", "official")
+SPLITS = ("val", "test", "official", "unlabeled")
 METRICS = {"dice": "Dice", "jaccard": "Jaccard", "hd95_voxel": "HD95 voxels", "asd_voxel": "ASD voxels",
            "hd95_mm": "HD95 mm", "asd_mm": "ASD mm"}
 INDICES = {"lv_edv": "ml", "lv_esv": "ml", "lv_ef": "%", "rv_edv": "ml", "rv_esv": "ml", "rv_ef": "%", "myo_mass": "g"}
@@ -319,7 +319,7 @@ def evaluate_checkpoint(path, out, data=None, split="test", which=None, device="
     config = checkpoint.get("config")
     trained_on = str(config.get("data") or "") if isinstance(config, dict) else ""
     root = Path(data or (trained_on if trained_on and Path(trained_on).is_dir() else "data/ACDC"))
-    names = _names(root, split)
+    names = _names(root, split, config.get("labeled") if isinstance(config, dict) else None)
     with _staging(Path(out), RESULTS) as folder:
         rows, cases, preds, seconds = [], [], {}, []
         for name in tqdm(names, desc=f"{split} of {root}", unit="volume", disable=None, leave=False):
@@ -362,14 +362,21 @@ def evaluate_checkpoint(path, out, data=None, split="test", which=None, device="
     return {**summary, "out": str(out)}
 
 
-def _names(root, split):
-    """The volumes of a split, all of them there; otherwise DataError."""
-    names = data_prep.read_list(root, split)
+def _names(root, split, labeled):
+    """The volumes of a split, all of them there; otherwise DataError. unlabeled: train without its first patients."""
+    names = data_prep.read_list(root, "train" if split == "unlabeled" else split)
+    if split == "unlabeled":
+        slices = data_prep.read_list(root, "train_slices", data_prep.SLICE)
+        known = list(dict.fromkeys(n[:10] for n in slices))[:labeled]
+        names = [n for n in names if n[:10] not in known]
+        if type(labeled) is not int or not names:
+            raise DataError(f"--split unlabeled: the checkpoint was trained with {labeled} labelled patients, so that "
+                            f"none in {root}/train.list is known to be without; choose another --split")
     if not names:
-        others = [s for s in SPLITS if (root / f"{s}.list").is_file() and data_prep.read_list(root, s)]
+        others = [s for s in SPLITS[:3] if (root / f"{s}.list").is_file() and data_prep.read_list(root, s)]
         choice = f"choose --split {' or '.join(others)}" if others else "choose another --data"
         raise DataError(f"{root / split}.list: empty; prepare the {split} patients with data_prep.py, or {choice}")
-    absent = [p for p in (data_prep.h5_path(root, n) for n in names) if not p.is_file()]
+    absent = [p for p in (data_prep.volume_paths(root, n)[0] for n in names) if not p.is_file()]
     if absent:
         raise DataError(f"{root}: {len(absent)} of the {len(names)} volumes of {split}.list are absent, first "
                         f"{absent[0].relative_to(root)}; prepare the data again")
@@ -723,7 +730,8 @@ def main(argv=None):
     modes.add_argument("--time", action="store_true", help="measure ms per slice and per cine on this machine")
     group = parser.add_argument_group("evaluation")
     group.add_argument("--data", type=Path, help="prepared folder [the one trained on if it is there, or data/ACDC]")
-    group.add_argument("--split", choices=SPLITS, default="test", help="[%(default)s]")
+    group.add_argument("--split", choices=SPLITS, default="test",
+                       help="[%(default)s]; unlabeled: the train patients whose labels the run did not get")
     group = parser.add_argument_group("evaluation and prediction")
     group.add_argument("--out", type=Path, help="folder for the results [CHECKPOINT's folder/SPLIT, or predictions]")
     group.add_argument("--which", choices=("student", "coteacher"), help="network [the better one on val]")

@@ -116,6 +116,11 @@ def test_equals_the_published_files_bit_for_bit(tmp_path):
     volume = data_prep.read_volume(out, "patient085_frame02")
     assert volume.group == data_prep.read_info(ACDC / "database/training/patient085")["Group"]
     assert volume.spacing == pytest.approx((5.0, 1.21528, 1.21528), abs=1e-4)
+    for i, (image, label, attrs) in enumerate(data_prep.read_patient(ACDC / "database/training/patient090", True), 1):
+        stacked = data_prep.read_volume(out, f"patient090_frame{i:02d}")  # of train: from its slices
+        assert np.array_equal(stacked.image, image)
+        assert np.array_equal(stacked.label, label)
+        assert stacked.spacing == attrs["spacing"]
     assert data_prep.check(out) == []
 
 

@@ -339,6 +339,35 @@ def test_command_line(checkpoint, root):
             assert (np.abs(pixels - rgb).sum(-1) < 60).sum() > 1000, (kind, color)
 
 
+def test_unlabeled_are_the_train_patients_after_the_labeled(capsys, tmp_path, checkpoint):
+    """From slices, whatever their order in the list, or from a train volume where a copy of the data holds one."""
+    root = write_root(tmp_path / "root", {"train": ["patient038", "patient099", "patient050"]})
+    slices = []
+    for name in (root / "train.list").read_text().split()[2:]:                 # 099 and 050; 038 has the labels
+        with h5py.File(root / "data" / f"{name}.h5") as h:
+            image, label, spacing = h["image"][:], h["label"][:], h.attrs["spacing"]
+        for z in range(len(image)):
+            with h5py.File(root / "data" / f"{name}_slice_{z + 1}.h5", "w") as h:
+                h["image"], h["label"], h.attrs["spacing"] = image[z], label[z], spacing
+        slices += [f"{name}_slice_{z + 1}" for z in (3, 0, 5, 1, 4, 2)]
+    (root / "train_slices.list").write_text("\n".join(["patient038_frame01_slice_1", *slices]))
+    content = torch.load(checkpoint)
+    torch.save(content | {"config": dict(labeled=1)}, tmp_path / "best.pt")
+    tables = []
+    for _ in range(2):
+        code, _, stderr = run(capsys, tmp_path / "best.pt", "--data", root, "--split", "unlabeled", "--out",
+                              tmp_path / "out")
+        assert (code, stderr) == (0, "")
+        tables.append([{k: v for k, v in r.items() if k != "group"} for r in read_csv(tmp_path / "out/metrics.csv")])
+        (root / "data" / "patient099_frame01.h5").unlink(missing_ok=True)                     # then: from its slices
+    assert tables[0] == tables[1]
+    assert {r["patient"] for r in tables[0]} == {"patient099", "patient050"}
+    assert {r["phase"] for r in tables[0]} == {"ED", "ES"}
+    for labeled in (3, None):
+        torch.save(content | {"config": dict(labeled=labeled)}, tmp_path / "best.pt")
+        one_line(*run(capsys, tmp_path / "best.pt", "--data", root, "--split", "unlabeled"))
+
+
 def test_community_layout_says_voxels(capsys, tmp_path, checkpoint):
     """No attributes: no mm, no clinical indices, and the table says why. An older clinical.csv does not stay."""
     flat, out = write_root(tmp_path / "flat", {"val": ["patient028"]}, attributes=False), tmp_path / "out"
