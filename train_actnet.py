@@ -353,7 +353,7 @@ def draw_curves(run):
     left, right = figure.subplots(1, 2)
     for axes, columns in ((left, ("dice", "ce", "kd", "co", "teacher")), (right, ("val_student", "val_coteacher"))):
         for column in columns:
-            points = [(int(r["step"]), float(r[column])) for r in rows if r[column]]
+            points = [(int(r["step"]), float(r[column])) for r in rows if float(r[column] or 0)]
             if points:
                 axes.plot(*zip(*points, strict=True), label=column, linewidth=1)
         if axes.lines:
