@@ -239,7 +239,7 @@ def volume_paths(root, name):
 def read_volume(root, name):
     """One volume by its name in a list: (Z, Y, X), of train its slices stacked."""
     paths = volume_paths(root, name)
-    if len(paths) == 1 and "_slice_" not in paths[0].name:
+    if "_slice_" not in paths[0].name:
         image, label, attrs = read_h5(paths[0], 3)
     else:
         images, labels, attrs = zip(*(read_h5(path, 2) for path in paths), strict=True)

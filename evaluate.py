@@ -73,7 +73,7 @@ from models import (
     segment_volume,
 )
 
-SPLITS = ("val", "test", "official", "unlabeled")
+SPLITS = ("val", "test", "official")
 METRICS = {"dice": "Dice", "jaccard": "Jaccard", "hd95_voxel": "HD95 voxels", "asd_voxel": "ASD voxels",
            "hd95_mm": "HD95 mm", "asd_mm": "ASD mm"}
 INDICES = {"lv_edv": "ml", "lv_esv": "ml", "lv_ef": "%", "rv_edv": "ml", "rv_esv": "ml", "rv_ef": "%", "myo_mass": "g"}
@@ -367,13 +367,13 @@ def _names(root, split, labeled):
     names = data_prep.read_list(root, "train" if split == "unlabeled" else split)
     if split == "unlabeled":
         slices = data_prep.read_list(root, "train_slices", data_prep.SLICE)
-        known = list(dict.fromkeys(n[:10] for n in slices))[:labeled]
-        names = [n for n in names if n[:10] not in known]
-        if type(labeled) is not int or not names:
+        patients = list(dict.fromkeys(n[:10] for n in slices))
+        names = [n for n in names if n[:10] not in patients[:labeled]] if type(labeled) is int else []
+        if not names:
             raise DataError(f"--split unlabeled: the checkpoint was trained with {labeled} labelled patients, so that "
                             f"none in {root}/train.list is known to be without; choose another --split")
     if not names:
-        others = [s for s in SPLITS[:3] if (root / f"{s}.list").is_file() and data_prep.read_list(root, s)]
+        others = [s for s in SPLITS if (root / f"{s}.list").is_file() and data_prep.read_list(root, s)]
         choice = f"choose --split {' or '.join(others)}" if others else "choose another --data"
         raise DataError(f"{root / split}.list: empty; prepare the {split} patients with data_prep.py, or {choice}")
     absent = [p for p in (data_prep.volume_paths(root, n)[0] for n in names) if not p.is_file()]
@@ -730,7 +730,7 @@ def main(argv=None):
     modes.add_argument("--time", action="store_true", help="measure ms per slice and per cine on this machine")
     group = parser.add_argument_group("evaluation")
     group.add_argument("--data", type=Path, help="prepared folder [the one trained on if it is there, or data/ACDC]")
-    group.add_argument("--split", choices=SPLITS, default="test",
+    group.add_argument("--split", choices=(*SPLITS, "unlabeled"), default="test",
                        help="[%(default)s]; unlabeled: the train patients whose labels the run did not get")
     group = parser.add_argument_group("evaluation and prediction")
     group.add_argument("--out", type=Path, help="folder for the results [CHECKPOINT's folder/SPLIT, or predictions]")

@@ -201,7 +201,7 @@ def save_checkpoint(path, content, previous=None):
         temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(path, device="cpu"):
+def load_checkpoint(path):
     """Read what save_checkpoint wrote; nothing in the file is executed. Raises CheckpointError."""
     if not os.path.isfile(path):                                                 # a pipe would be waited for
         what = "not a file" if os.path.exists(path) else "no such checkpoint"
@@ -209,7 +209,7 @@ def load_checkpoint(path, device="cpu"):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                                                # a foreign pickle's protocol
-            content = torch.load(path, map_location=device, weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                           # torch.load raises a dozen kinds for damaged or foreign files
         kind = type(error).__name__
         raise CheckpointError(f"{path}: damaged, or not a checkpoint of tensors ({kind}); train it again") from None

@@ -260,19 +260,19 @@ class Slices:
         def turn(angle):
             return np.stack([np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)], 1).reshape(n, 2, 2)
 
-        if self.cfg.view == "heart":
-            linear = turn(np.radians(rng.uniform(-60, 60, n)))             # as hearts lie; 20 or 180 are worse on val
-            shift = rng.uniform(-1, 1, (n, 2, 1)) * size / 4 / side                       # an eighth of the window
-            linear *= np.exp(rng.uniform(-0.25, 0.25, (n, 1, 1))) * size / side
-            # Other hearts: stretched along one random axis and sheared, then bent by a pixel or two.
-            stretch, shear, zero = np.exp(rng.uniform(-0.15, 0.15, n)), rng.uniform(-0.2, 0.2, n), np.zeros(n)
-            axis = turn(rng.uniform(0, np.pi, n))
-            form = axis @ np.stack([stretch, shear, zero, 1 / stretch], 1).reshape(n, 2, 2) @ axis.transpose(0, 2, 1)
-            bend = rng.uniform(0, 1, (n, 1, 1, 1)) * rng.normal(0, 6 / side, (n, 2, 6, 6)) * (size / 128)
-        else:
+        if self.cfg.view == "whole":
             linear = turn(rng.integers(4, size=n) * np.pi / 2)
             linear[:, :, 0] *= rng.choice((-1, 1), (n, 1))
-            shift, form, bend = np.zeros((n, 2, 1)), np.eye(2)[None].repeat(n, 0), np.zeros((n, 2, 1, 1))
+            theta = self.put(np.concatenate([linear, np.zeros((n, 2, 1))], 2))                           # (n, 2, 3)
+            return F.affine_grid(theta, (n, 1, size, size), align_corners=False)
+        linear = turn(np.radians(rng.uniform(-60, 60, n)))                 # as hearts lie; 20 or 180 are worse on val
+        shift = rng.uniform(-1, 1, (n, 2, 1)) * size / 4 / side                           # an eighth of the window
+        linear *= np.exp(rng.uniform(-0.25, 0.25, (n, 1, 1))) * size / side
+        # Other hearts: stretched along one random axis and sheared, then bent by a pixel or two.
+        stretch, shear, zero = np.exp(rng.uniform(-0.15, 0.15, n)), rng.uniform(-0.2, 0.2, n), np.zeros(n)
+        axis = turn(rng.uniform(0, np.pi, n))
+        form = axis @ np.stack([stretch, shear, zero, 1 / stretch], 1).reshape(n, 2, 2) @ axis.transpose(0, 2, 1)
+        bend = rng.uniform(0, 1, (n, 1, 1, 1)) * rng.normal(0, 6 / side, (n, 2, 6, 6)) * (size / 128)
         theta = torch.cat([self.put(linear) @ self.put(form), self.put(shift)], 2)                       # (n, 2, 3)
         grid = F.affine_grid(theta, (n, 1, size, size), align_corners=False)
         return grid + self.smooth(bend, size).permute(0, 2, 3, 1)

@@ -363,7 +363,7 @@ def test_unlabeled_are_the_train_patients_after_the_labeled(capsys, tmp_path, ch
     assert tables[0] == tables[1]
     assert {r["patient"] for r in tables[0]} == {"patient099", "patient050"}
     assert {r["phase"] for r in tables[0]} == {"ED", "ES"}
-    for labeled in (3, None):
+    for labeled in (3, None, "7"):
         torch.save(content | {"config": dict(labeled=labeled)}, tmp_path / "best.pt")
         one_line(*run(capsys, tmp_path / "best.pt", "--data", root, "--split", "unlabeled"))
 
