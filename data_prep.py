@@ -245,6 +245,9 @@ def read_volume(root, name):
         images, labels, attrs = zip(*(read_h5(path, 2) for path in paths), strict=True)
         whole = len({i.shape for i in images}) == 1 and all(x is not None for x in labels)
         require(whole, paths[0], "and the other slices of its volume are not of one shape, all with labels")
+        numbers = [int(path.stem.rpartition("_")[2]) for path in paths]
+        require(numbers == list(range(1, len(paths) + 1)), Path(root) / "train_slices.list",
+                f"lists slices {numbers} of {name}, not 1 and so on")
         image, label, attrs = np.stack(images), np.stack(labels), attrs[0]
     return Volume(name, image, label, attrs.get("spacing"), attrs.get("group"))
 
@@ -430,6 +433,7 @@ def _convert(raw, out, allow_missing, workers):
     say = f"lacks {len(missing)} of 150 patients, first {next(iter(missing), '')}"
     require(allow_missing or not missing, raw, say, "add them or pass --allow-missing")
     jobs = [(found[p], s, out) for s, ids in SPLIT.items() for p in ids if p in found]
+    require(jobs, raw, "holds none of ACDC's 150 patients", "give the folder that holds them")
     results = run_parallel(convert_patient, jobs, workers, "convert")
     done = {job[0].name: files for job, files in zip(jobs, results, strict=True)}
     split = {s: [p for p in ids if p in done] for s, ids in SPLIT.items()}

@@ -378,7 +378,7 @@ def _names(root, split, labeled):
         raise DataError(f"{root / split}.list: empty; prepare the {split} patients with data_prep.py, or {choice}")
     absent = [p for p in (data_prep.volume_paths(root, n)[0] for n in names) if not p.is_file()]
     if absent:
-        raise DataError(f"{root}: {len(absent)} of the {len(names)} volumes of {split}.list are absent, first "
+        raise DataError(f"{root}: {len(absent)} of the {len(names)} volumes of {split} are absent, first "
                         f"{absent[0].relative_to(root)}; prepare the data again")
     return names
 
@@ -730,8 +730,8 @@ def main(argv=None):
     modes.add_argument("--time", action="store_true", help="measure ms per slice and per cine on this machine")
     group = parser.add_argument_group("evaluation")
     group.add_argument("--data", type=Path, help="prepared folder [the one trained on if it is there, or data/ACDC]")
-    group.add_argument("--split", choices=(*SPLITS, "unlabeled"), default="test",
-                       help="[%(default)s]; unlabeled: the train patients whose labels the run did not get")
+    group.add_argument("--split", choices=(*SPLITS, "unlabeled"),
+                       help="[test]; unlabeled: the train patients whose labels the run did not get")
     group = parser.add_argument_group("evaluation and prediction")
     group.add_argument("--out", type=Path, help="folder for the results [CHECKPOINT's folder/SPLIT, or predictions]")
     group.add_argument("--which", choices=("student", "coteacher"), help="network [the better one on val]")
@@ -746,9 +746,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.entropy and not args.predict:
         parser.error("--entropy goes with --predict")
-    if args.data and (args.predict or args.onnx or args.time):
-        parser.error("--data goes with an evaluation")
-    out = args.onnx or args.out or (Path("predictions") if args.predict else args.checkpoint.parent / args.split)
+    if (args.data or args.split) and (args.predict or args.onnx or args.time):
+        parser.error(f"--{'data' if args.data else 'split'} goes with an evaluation")
+    split = args.split or "test"
+    out = args.onnx or args.out or (Path("predictions") if args.predict else args.checkpoint.parent / split)
     find, component = (bool(args.predict) if x is None else x for x in (args.find_heart, args.largest_component))
     try:
         device = pick_device(args.gpu, args.cpu)
@@ -776,11 +777,16 @@ def main(argv=None):
                       f"({_describe('cpu' if name == 'onnxruntime' else device)}, window "
                       f"{inference['size']})")
             return 0
-        summary = evaluate_checkpoint(args.checkpoint, out, args.data, args.split, args.which, device, find, component)
+        summary = evaluate_checkpoint(args.checkpoint, out, args.data, split, args.which, device, find, component)
     except (CheckpointError, DataError, DeviceError, OSError) as error:
         text = error if not isinstance(error, OSError) else f"{out}: {error.strerror or error}; choose another " \
             f"{'FILE' if args.onnx else '--out'} or free some space"
         print(f"evaluate.py: {text}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if "alloc" not in str(error).lower() and not isinstance(error, MemoryError):
+            raise
+        print(f"evaluate.py: out of memory ({data_prep.one_line(error)}); --cpu may have more", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"evaluate.py: interrupted; {'what is there is whole' if args.predict else 'nothing was written'}",

@@ -225,7 +225,7 @@ class Slices:
 
     def batches(self, start, stop):
         """batch(step) of the steps start to stop, read ahead where the slices wait on disk."""
-        ahead = dict(num_workers=min(8, os.cpu_count() or 2), prefetch_factor=4, worker_init_fn=deaf)
+        ahead = dict(num_workers=min(8, os.cpu_count() or 2), prefetch_factor=2, worker_init_fn=deaf)
         workers = ahead if self.cache == "disk" else {}
         pin = self.device.type == "cuda" and self.cache != "device"
         loader = DataLoader(self, batch_size=None, sampler=range(start, stop), pin_memory=pin, **workers)
@@ -329,7 +329,8 @@ def describe(cfg, device, slices, nets):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else \
         f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return dict(config=asdict(cfg), command=shlex.join(["python", *sys.argv]), commit=commit or "unknown", device=name,
-                versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
+                versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
+                              triton=getattr(sys.modules.get("triton"), "__version__", "")),
                 labeled_patients=slices.patients, labeled_slices=slices.n_labeled, slices=len(slices.names),
                 parameters={k: count_parameters(n) for k, n in nets.items()})
 
@@ -570,7 +571,7 @@ def prepare(cfg):
 
 def train(cfg, resume=None):
     """One run. Returns its folder."""
-    device, slices, act = prepare(cfg)
+    device, slices, act = prepare(replace(cfg, init="") if resume else cfg)          # its weights come from last.pt
     nets, rank = act.nets, world()[0]
     volumes = [data_prep.read_volume(cfg.data, name) for name in data_prep.read_list(cfg.data, "val")]
     data_prep.require(volumes, f"{cfg.data}/val.list", "empty, and the best checkpoint is chosen on val")
@@ -726,8 +727,8 @@ def finish(cfg, act, about, volumes, inference, best, seconds):
 
 def matrix_rate(device):
     """FLOP/s of a large bf16 (or fp32, where that is faster) matrix product: the floor of a step's time."""
-    rates = []
-    for dtype in (torch.bfloat16, torch.float32):
+    rates = []                                                 # bf16 without its instructions would take minutes
+    for dtype in (torch.float32, torch.bfloat16)[:1 + bf16_pays(device)]:
         n = 8192 if device.type == "cuda" else 2048
         a, b = torch.randn(2, n, n, device=device).to(dtype)
         clock = Clock(device)
@@ -786,7 +787,7 @@ def bench(cfg, steps, table):
     spans["data"] = spans["data"].reshape(steps, 2).sum(1)                                # drawn, then perturbed
     total = sum(spans.values())
     p20, p50, p80 = 1000 * np.quantile(total, (0.2, 0.5, 0.8))
-    peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else ""
+    peak = torch.cuda.max_memory_allocated(device) // 2**20 if device.type == "cuda" else ""
     about = describe(cfg, device, slices, act.nets)
     shapes = {k: "{} {}".format(*n.architecture.values()) for k, n in act.nets.items() if k != "coteacher"}
     row = dict(
@@ -915,17 +916,30 @@ def resolve(given):
     return cfg, None
 
 
+REMEDIES = {                                                      # by what an error of torch or triton says of itself
+    "c compiler": "Triton builds its launcher on first use: install gcc, or set CC",
+    "calledprocesserror": "Triton could not build its launcher: install python3-dev",
+    "dataloader worker": "a reader of slices died: --cache ram, or a larger /dev/shm",
+    "alloc": "out of memory: a smaller --batch, --size or --teacher needs less",
+    "memoryerror": "out of memory: a smaller --batch, --size or --teacher needs less",
+}
+
+
 def main(argv=None):
     given = parse(argv)
     demo, steps = given.get("demo"), given.pop("bench", None)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:                                             # started by torchrun
-        dist.init_process_group(timeout=timedelta(hours=1))                                  # a validation's patience
+        # Alone, nccl would also carry what is not on a GPU: the run's name, and everything of a run on CPUs.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=1))                         # a validation's patience
     rank, folder = world()[0], given.get("resume")
     # Until the loop, which saves first, SIGTERM is what Ctrl-C is: one line, nothing left behind.
     handler, held = signal.signal(signal.SIGTERM, signal.default_int_handler), ExitStack()
     try:
         if steps is not None and steps < 1:
             raise UserError(f"--bench {steps}: give 1 or more")
+        if "gpu" in given and dist.is_initialized():
+            raise UserError(f"--gpu {given['gpu']}: torchrun gives each process one; choose by CUDA_VISIBLE_DEVICES")
         if folder is not None and rank == 0:
             held.enter_context(data_prep.folder(Path(folder)))                                     # before it is read
         cfg, resume = resolve(given)
@@ -952,11 +966,11 @@ def main(argv=None):
         if rank == 0 or isinstance(error, models.DeviceError):
             print(f"train_actnet.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except (RuntimeError, MemoryError) as error:
-        if "alloc" not in str(error).lower() and not isinstance(error, MemoryError):   # an illegal memory access, say
+    except (RuntimeError, MemoryError, subprocess.CalledProcessError) as error:
+        remedy = next((r for mark, r in REMEDIES.items() if mark in f"{type(error).__name__} {error}".lower()), None)
+        if remedy is None:                                                             # an illegal memory access, say
             raise
-        print(f"train_actnet.py: out of memory ({data_prep.one_line(error)}); a smaller --batch, --size or --teacher "
-              "needs less", file=sys.stderr)
+        print(f"train_actnet.py: {remedy} ({data_prep.one_line(error)})", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("train_actnet.py: interrupted, not saved; --resume goes on from the last checkpoint, if there is one",

@@ -268,46 +268,45 @@ def main():
         print(f"{loss:12} fp32, in logits tensors: ours {ours[0]:.2f} ({ours[1]:.2f} without a guess), "
               f"eager {eager / u:.1f} in {kernels} kernels")  # fmt: skip
 
-    rows = []
     for loss, name, shape, dtype, channels_last, hot in plan(cuda):
         if time.perf_counter() - began > 60 * minutes:
             print(f"stopped after {minutes:g} minutes: the rest is not measured")
             break
-        try:
-            fn = implementation(loss, name, cuda)
-        except ImportError as error:
-            print(f"{loss:12} {name:8} skipped: {error}")
-            continue
         bytes_moved = moved(loss, shape, DTYPES[dtype].itemsize, dtype != "fp16")
         count = 1 if hot or not cuda else min(max(math.ceil(3 * L2 / bytes_moved), 2), 64)
         make = functools.partial(make_inputs, LOSSES[loss][2], shape, DTYPES[dtype], "cuda" if cuda else "cpu")
         sets = [make(channels_last=channels_last) for _ in range(count)]
         if hot:
             sets = sets * 16
-        (p20, p50, p80), method = (time_cuda if cuda else time_cpu)(fn, sets)
+        try:  # one that is not installed, does not compile or wants too much memory: the others go on
+            fn = implementation(loss, name, cuda)
+            (p20, p50, p80), method = (time_cuda if cuda else time_cpu)(fn, sets)
+            extra = f"{peak_extra(fn, sets[0]) / 1e6:.1f}" if cuda else ""
+        except Exception as error:
+            reason = f"{type(error).__name__} {' '.join(str(error).split())[:160]}"
+            print(f"{loss:12} {name:8} skipped: {reason}", flush=True)
+            continue
         gb_s = bytes_moved / p50 / 1e6
         row = {
             **header, "loss": loss, "implementation": name, "shape": "x".join(map(str, shape)), "dtype": dtype,
             "layout": "channels_last" if channels_last else "contiguous", "cache": "hot" if hot else "cold",
             "method": method, "p20_ms": f"{p20:.4f}", "p50_ms": f"{p50:.4f}", "p80_ms": f"{p80:.4f}",
-            "extra_mb": f"{peak_extra(fn, sets[0]) / 1e6:.1f}" if cuda else "",
+            "extra_mb": extra,
             "gradient_mb": f"{sets[0][0].nbytes / 1e6:.1f}", "bytes_mb": f"{bytes_moved / 1e6:.1f}",
             "gb_s": f"{gb_s:.1f}", "copy_gb_s": f"{copy:.0f}" if cuda else "",
             "share": f"{gb_s / copy:.3f}" if cuda else "",
         }  # fmt: skip
-        rows.append(row)
         columns = {"loss": 12, "implementation": 8, "shape": 14, "dtype": 5, "layout": 13, "cache": 4, "p20_ms": 9,
                    "p50_ms": 9, "p80_ms": 9, "extra_mb": 8, "gb_s": 8, "share": 6}  # fmt: skip
         print(*(f"{row[k]:>{width}}" for k, width in columns.items()), flush=True)
+        if args.csv:
+            args.csv.parent.mkdir(parents=True, exist_ok=True)
+            with args.csv.open("a", newline="") as f:
+                writer = csv.DictWriter(f, row, lineterminator="\n")
+                if f.tell() == 0:
+                    writer.writeheader()
+                writer.writerow(row)
         del sets
-    if args.csv and rows:
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        new = not args.csv.exists()
-        with args.csv.open("a", newline="") as f:
-            writer = csv.DictWriter(f, rows[0].keys())
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -294,6 +294,14 @@ def test_cli_errors_are_one_line(raw, tmp_path):
         assert sorted(p.name for p in tmp_path.iterdir()) == ["raw"]
 
 
+def test_a_folder_of_other_patients_is_one_line(tmp_path):
+    (tmp_path / "raw/training/patient151").mkdir(parents=True)
+    done = cli("raw", "out", "--allow-missing", cwd=tmp_path)
+    assert done.returncode == 2
+    one_error(done.stderr, "none of ACDC's 150 patients")
+    assert not (tmp_path / "out").exists()
+
+
 def test_stray_files_and_odd_names(raw, tmp_path):
     clean = data_prep.convert(raw, tmp_path / "clean", allow_missing=True)
     patient = raw / "training/patient028"

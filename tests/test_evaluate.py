@@ -360,12 +360,24 @@ def test_unlabeled_are_the_train_patients_after_the_labeled(capsys, tmp_path, ch
         assert (code, stderr) == (0, "")
         tables.append([{k: v for k, v in r.items() if k != "group"} for r in read_csv(tmp_path / "out/metrics.csv")])
         (root / "data" / "patient099_frame01.h5").unlink(missing_ok=True)                     # then: from its slices
+    lost = ["patient038_frame01_slice_1", *(n for n in slices if n != "patient099_frame01_slice_2")]
+    (root / "train_slices.list").write_text("\n".join(lost))
+    assert "[1, 3, 4" in one_line(*run(capsys, tmp_path / "best.pt", "--data", root, "--split", "unlabeled"))
+    (root / "train_slices.list").write_text("\n".join(["patient038_frame01_slice_1", *slices]))
     assert tables[0] == tables[1]
     assert {r["patient"] for r in tables[0]} == {"patient099", "patient050"}
     assert {r["phase"] for r in tables[0]} == {"ED", "ES"}
     for labeled in (3, None, "7"):
         torch.save(content | {"config": dict(labeled=labeled)}, tmp_path / "best.pt")
         one_line(*run(capsys, tmp_path / "best.pt", "--data", root, "--split", "unlabeled"))
+
+
+def test_too_little_memory_is_one_line(capsys, root, checkpoint, tmp_path, monkeypatch):
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError()):
+        monkeypatch.setattr(evaluate, "segment_volume", lambda *a, e=error, **k: (_ for _ in ()).throw(e))
+        assert "out of memory" in one_line(*run(capsys, checkpoint, "--data", root, "--split", "val", "--out",
+                                                        tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_community_layout_says_voxels(capsys, tmp_path, checkpoint):

@@ -630,6 +630,17 @@ def test_a_fault_of_a_kernel_is_not_taken_for_want_of_memory(data, tmp_path, mon
         main(*arguments(data, tmp_path / "run"))
 
 
+@pytest.mark.parametrize(("error", "remedy"), [
+    (RuntimeError("Failed to find C compiler. Please specify via CC environment variable"), "install gcc"),
+    (subprocess.CalledProcessError(1, ["gcc", "driver.c"]), "python3-dev"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "/dev/shm"),
+    (MemoryError(), "out of memory")])
+def test_what_the_machine_lacks_is_named(error, remedy, data, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(train_actnet.ActNet, "step", lambda *args: (_ for _ in ()).throw(error))
+    assert main(*arguments(data, tmp_path / "run")) == 2
+    one_line(capfd.readouterr().err.splitlines()[-1], "train_actnet.py: ", remedy)
+
+
 def test_a_table_that_cannot_grow_is_named():
     with pytest.raises(DataError, match="/dev/full"):
         train_actnet.append_row(Path("/dev/full"), {"step": 1})

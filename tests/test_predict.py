@@ -432,7 +432,7 @@ def test_wrong_use(capsys, tmp_path, checkpoint):
     assert "coteacher is not among student" in tell("--predict", source, *out, "--which", "coteacher",
                                                     net=tmp_path / "alone.pt")
     for wrong in (["--predict"], ["--predict", source, "--time"], ["--which", "teacher"], ["--entropy"],
-                  ["--predict", source, "--data", tmp_path]):
+                  ["--predict", source, "--data", tmp_path], ["--time", "--split", "val"]):
         with pytest.raises(SystemExit) as error:
             run(capsys, checkpoint, *wrong)
         assert error.value.code == 2

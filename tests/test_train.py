@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from torch.distributed.distributed_c10d import BackendConfig
 
 import models
 import train_actnet
@@ -319,6 +320,9 @@ def test_start_from_a_checkpoint(data, tmp_path, capsys):
     other = ["--init", str(best), "--student", "2", "8"]
     assert main(["--data", str(data), "--out", str(tmp_path / "no"), *SMALL, *other]) == 2
     assert "--init" in capsys.readouterr().err
+    best.unlink()                                              # a resumed run begins from its own last.pt
+    assert main(["--resume", str(tmp_path / "then"), "--iters", "2"]) == 0
+    assert load_checkpoint(tmp_path / "then" / "last.pt")["config"]["init"] == str(best)
 
 
 def test_finished_run_gives_its_scores_and_a_small_student(data, tmp_path):
@@ -395,6 +399,21 @@ def test_two_processes_equal_one(data, tmp_path, method):
             assert a[term] == pytest.approx(b[term], abs=close), (a["step"], term)
     assert alone[-1]["val_student"] == pytest.approx(two[-1]["val_student"], abs=1e-3)
     assert (tmp_path / "two" / "summary.json").exists()
+
+
+def test_what_is_not_on_a_gpu_goes_by_gloo(monkeypatch):
+    """torch alone would take nccl for everything: objects on one GPU for all ranks, and nothing for a run on CPUs."""
+    asked = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **_: asked.append(backend) or 1 / 0)
+    for cuda in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+        with pytest.raises(ZeroDivisionError):
+            main(["--labeled", "7"])
+    maps = [BackendConfig(torch.distributed.Backend(b)).get_device_backend_map() for b in asked]
+    assert [m["cpu"] for m in maps] == ["gloo", "gloo"]
+    assert maps[0]["cuda"] == "nccl"
 
 
 def test_bench_times_every_stage(data, tmp_path):
