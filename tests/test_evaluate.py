@@ -504,7 +504,7 @@ def test_data_faults(capsys, tmp_path, checkpoint, folder):
     assert "patient028_frame02.h5" in tell("--data", folder, "--split", "val")
     volume.unlink()
     message = tell("--data", folder, "--split", "val")
-    assert "1 of the 2 volumes of val.list are absent, first data/patient028_frame02.h5" in message
+    assert "1 of the 2 volumes of val are absent, first data/patient028_frame02.h5" in message
     assert not (tmp_path / "out").exists()
 
 
