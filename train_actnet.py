@@ -661,36 +661,31 @@ def train(cfg, resume=None):
             row = dict(zip(TERMS, terms.mean(0).round(6), strict=True), step=done, seconds=round(trained_s, 1),
                        lr=round(act.optimizer.param_groups[0]["lr"], 8),
                        slices_per_s=round((done - marked[0]) * cfg.batch / seconds, 1))
-            if rank > 0:
-                if last:
-                    break
-                continue
-            if done % cfg.val_every == 0 or done == cfg.iters:
-                val = {k: validate(net, volumes, inference) for k, net in nets.items() if k != "teacher"}
-                row |= {f"val_{k}": round(float(v.mean()), 5) for k, v in val.items()}
-                better = max(val, key=lambda k: val[k].mean())
-                if val[better].mean() > best["score"]:
-                    best = dict(step=done, score=float(val[better].mean()), better=better,
-                                val={k: v.tolist() for k, v in val.items()})
-                    save_checkpoint(run / "best.pt", dict(
-                        networks={k: nets[k].state_dict() for k in val}, architecture=nets["student"].architecture,
-                        inference=inference, better=better, step=done, val=best["val"], config=asdict(cfg)))
-            append_row(run / "log.csv", {column: row.get(column, "") for column in COLUMNS})
-            if saves:
-                save(done)
-                draw_curves(run)
-            val_text = f"best val {best['score']:.4f}, " if best["step"] > 0 else ""
-            bar.set_postfix_str(f"loss {row['loss']:.3f}, {val_text}{row['slices_per_s']:.0f} slices/s")
+            if rank == 0:
+                if done % cfg.val_every == 0 or done == cfg.iters:
+                    val = {k: validate(net, volumes, inference) for k, net in nets.items() if k != "teacher"}
+                    row |= {f"val_{k}": round(float(v.mean()), 5) for k, v in val.items()}
+                    better = max(val, key=lambda k: val[k].mean())
+                    if val[better].mean() > best["score"]:
+                        best = dict(step=done, score=float(val[better].mean()), better=better,
+                                    val={k: v.tolist() for k, v in val.items()})
+                        save_checkpoint(run / "best.pt", dict(
+                            networks={k: nets[k].state_dict() for k in val}, architecture=nets["student"].architecture,
+                            inference=inference, better=better, step=done, val=best["val"], config=asdict(cfg)))
+                append_row(run / "log.csv", {column: row.get(column, "") for column in COLUMNS})
+                if saves:
+                    save(done)
+                    draw_curves(run)
+                val_text = f"best val {best['score']:.4f}, " if best["step"] > 0 else ""
+                bar.set_postfix_str(f"loss {row['loss']:.3f}, {val_text}{row['slices_per_s']:.0f} slices/s")
             marked = done, time.perf_counter()
             if last:
                 break
-    if rank > 0:
-        return run
-    if done < cfg.iters:
+    if rank == 0 and done < cfg.iters:
         print(f"stopped at step {done} ({stop[0] if stop else '--minutes'}); "
               f"go on with: python train_actnet.py --resume {shlex.quote(str(run))}")
-        return run
-    finish(cfg, act, about, volumes, inference, best, round(trained_s, 1))
+    elif rank == 0:
+        finish(cfg, act, about, volumes, inference, best, round(trained_s, 1))
     return run
 
 
