@@ -322,7 +322,10 @@ def test_start_from_a_checkpoint(data, tmp_path, capsys):
     assert "--init" in capsys.readouterr().err
     best.unlink()                                              # a resumed run begins from its own last.pt
     assert main(["--resume", str(tmp_path / "then"), "--iters", "2"]) == 0
-    assert load_checkpoint(tmp_path / "then" / "last.pt")["config"]["init"] == str(best)
+    last = load_checkpoint(tmp_path / "then" / "last.pt")
+    assert last["config"]["init"] == str(best)
+    first = json.loads((tmp_path / "then" / "config.json").read_text())["command"]
+    assert last["command"].startswith(first + " && python ")                      # what --table says of a resumed run
 
 
 def test_finished_run_gives_its_scores_and_a_small_student(data, tmp_path):
