@@ -600,7 +600,8 @@ def train(cfg, resume=None):
             raise UserError(f"--resume {run}: the checkpoint's state does not fit its config ({reason})") from None
     about = describe(cfg, device, slices, nets)                         # now: the code may change while it runs
     if resume:
-        about["command"] = f"{resume.get('command', '')} && {about['command']}"
+        with suppress(OSError, ValueError, KeyError, TypeError):                            # damaged: the resume alone
+            about["command"] = f"{json.loads((run / 'config.json').read_bytes())['command']} && {about['command']}"
     if rank == 0:
         if not resume:
             data_prep.write_atomic(run / "config.json", (json.dumps(about, indent=1) + "\n").encode())
@@ -613,8 +614,8 @@ def train(cfg, resume=None):
     def save(step):
         save_checkpoint(run / "last.pt", dict(
             networks={k: n.state_dict() for k, n in nets.items()}, optimizer=act.optimizer.state_dict(), step=step,
-            command=about["command"], seconds=trained_s, best=best, config=asdict(cfg), data=digest, better="student",
-            architecture=nets["student"].architecture, inference=inference), previous=run / "previous.pt")
+            seconds=trained_s, best=best, config=asdict(cfg), data=digest, architecture=nets["student"].architecture,
+            inference=inference, better="student"), previous=run / "previous.pt")
 
     def refuse(step, problem):
         names = " ".join(slices.names[i] for i in slices.indices(step)[0])

@@ -321,11 +321,11 @@ def test_start_from_a_checkpoint(data, tmp_path, capsys):
     assert main(["--data", str(data), "--out", str(tmp_path / "no"), *SMALL, *other]) == 2
     assert "--init" in capsys.readouterr().err
     best.unlink()                                              # a resumed run begins from its own last.pt
-    assert main(["--resume", str(tmp_path / "then"), "--iters", "2"]) == 0
-    last = load_checkpoint(tmp_path / "then" / "last.pt")
-    assert last["config"]["init"] == str(best)
+    assert main(["--resume", str(tmp_path / "then"), "--iters", "2", "--table", str(tmp_path / "table.csv")]) == 0
+    assert load_checkpoint(tmp_path / "then" / "last.pt")["config"]["init"] == str(best)
     first = json.loads((tmp_path / "then" / "config.json").read_text())["command"]
-    assert last["command"].startswith(first + " && python ")                      # what --table says of a resumed run
+    with open(tmp_path / "table.csv") as f:
+        assert next(csv.DictReader(f))["command"].startswith(first + " && python ")
 
 
 def test_finished_run_gives_its_scores_and_a_small_student(data, tmp_path):
