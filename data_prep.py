@@ -233,7 +233,10 @@ def volume_paths(root, name):
     if path.is_file() or not (Path(root) / "train_slices.list").is_file():
         return [path]
     slices = [n for n in read_list(root, "train_slices", SLICE) if n.startswith(f"{name}_slice_")]
-    return [h5_path(root, n) for n in sorted(slices, key=lambda n: int(n.rpartition("_")[2]))] or [path]
+    slices.sort(key=lambda n: int(n.rpartition("_")[2]))
+    whole = slices == [f"{name}_slice_{z}" for z in range(1, len(slices) + 1)]
+    require(whole, Path(root) / "train_slices.list", f"lacks slices of {name} between 1 and {len(slices)}")
+    return [h5_path(root, n) for n in slices] or [path]
 
 
 def read_volume(root, name):
@@ -245,9 +248,6 @@ def read_volume(root, name):
         images, labels, attrs = zip(*(read_h5(path, 2) for path in paths), strict=True)
         whole = len({i.shape for i in images}) == 1 and all(x is not None for x in labels)
         require(whole, paths[0], "and the other slices of its volume are not of one shape, all with labels")
-        numbers = [int(path.stem.rpartition("_")[2]) for path in paths]
-        require(numbers == list(range(1, len(paths) + 1)), Path(root) / "train_slices.list",
-                f"lists slices {numbers} of {name}, not 1 and so on")
         image, label, attrs = np.stack(images), np.stack(labels), attrs[0]
     return Volume(name, image, label, attrs.get("spacing"), attrs.get("group"))
 

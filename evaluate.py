@@ -69,6 +69,7 @@ from models import (
     find_heart,
     largest_component,
     load_model,
+    out_of_memory,
     pick_device,
     segment_volume,
 )
@@ -364,7 +365,8 @@ def evaluate_checkpoint(path, out, data=None, split="test", which=None, device="
 
 def _names(root, split, labeled):
     """The volumes of a split, all of them there; otherwise DataError. unlabeled: train without its first patients."""
-    names = data_prep.read_list(root, "train" if split == "unlabeled" else split)
+    source = "train" if split == "unlabeled" else split
+    names = data_prep.read_list(root, source)
     if split == "unlabeled":
         slices = data_prep.read_list(root, "train_slices", data_prep.SLICE)
         patients = list(dict.fromkeys(n[:10] for n in slices))
@@ -378,7 +380,7 @@ def _names(root, split, labeled):
         raise DataError(f"{root / split}.list: empty; prepare the {split} patients with data_prep.py, or {choice}")
     absent = [p for p in (data_prep.volume_paths(root, n)[0] for n in names) if not p.is_file()]
     if absent:
-        raise DataError(f"{root}: {len(absent)} of the {len(names)} volumes of {split} are absent, first "
+        raise DataError(f"{root}: {len(absent)} of the {len(names)} volumes of {source}.list are absent, first "
                         f"{absent[0].relative_to(root)}; prepare the data again")
     return names
 
@@ -784,7 +786,7 @@ def main(argv=None):
         print(f"evaluate.py: {text}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
-        if "alloc" not in str(error).lower() and not isinstance(error, MemoryError):
+        if not out_of_memory(error):
             raise
         print(f"evaluate.py: out of memory ({data_prep.one_line(error)}); --cpu may have more", file=sys.stderr)
         return 2

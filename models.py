@@ -32,6 +32,11 @@ class DeviceError(Exception):
     """A device that this machine lacks: one line that says which exist."""
 
 
+def out_of_memory(error):
+    """Whether an allocator refused, of a GPU or not: torch also says so in a RuntimeError."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "alloc" in str(error).lower())
+
+
 def pick_device(gpu=None, cpu=False):
     """--gpu N and --cpu of a command line -> torch.device: without either the first CUDA device, if any. Raises
     DeviceError where there is no device N."""

@@ -918,8 +918,6 @@ REMEDIES = {                                                      # by what an e
     "c compiler": "Triton builds its launcher on first use: install gcc, or set CC",
     "calledprocesserror": "Triton could not build its launcher: install python3-dev",
     "dataloader worker": "a reader of slices died: --cache ram, or a larger /dev/shm",
-    "alloc": "out of memory: a smaller --batch, --size or --teacher needs less",
-    "memoryerror": "out of memory: a smaller --batch, --size or --teacher needs less",
 }
 
 
@@ -965,7 +963,10 @@ def main(argv=None):
             print(f"train_actnet.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError, subprocess.CalledProcessError) as error:
-        remedy = next((r for mark, r in REMEDIES.items() if mark in f"{type(error).__name__} {error}".lower()), None)
+        said = f"{type(error).__name__} {error}".lower()
+        remedy = next((r for mark, r in REMEDIES.items() if mark in said), None)
+        if models.out_of_memory(error):
+            remedy = remedy or "out of memory: a smaller --batch, --size or --teacher needs less"
         if remedy is None:                                                             # an illegal memory access, say
             raise
         print(f"train_actnet.py: {remedy} ({data_prep.one_line(error)})", file=sys.stderr)

@@ -23,6 +23,7 @@ import math
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -268,6 +269,7 @@ def main():
         print(f"{loss:12} fp32, in logits tensors: ours {ours[0]:.2f} ({ours[1]:.2f} without a guess), "
               f"eager {eager / u:.1f} in {kernels} kernels")  # fmt: skip
 
+    failed = 0
     for loss, name, shape, dtype, channels_last, hot in plan(cuda):
         if time.perf_counter() - began > 60 * minutes:
             print(f"stopped after {minutes:g} minutes: the rest is not measured")
@@ -283,8 +285,10 @@ def main():
             (p20, p50, p80), method = (time_cuda if cuda else time_cpu)(fn, sets)
             extra = f"{peak_extra(fn, sets[0]) / 1e6:.1f}" if cuda else ""
         except Exception as error:
+            absent = isinstance(error, ImportError)
+            failed += not absent
             reason = f"{type(error).__name__} {' '.join(str(error).split())[:160]}"
-            print(f"{loss:12} {name:8} skipped: {reason}", flush=True)
+            print(f"{loss:12} {name:8} {'skipped' if absent else 'FAILED'}: {reason}", flush=True)
             continue
         gb_s = bytes_moved / p50 / 1e6
         row = {
@@ -307,7 +311,8 @@ def main():
                     writer.writeheader()
                 writer.writerow(row)
         del sets
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -419,6 +419,15 @@ def test_what_is_not_on_a_gpu_goes_by_gloo(monkeypatch):
     assert maps[0]["cuda"] == "nccl"
 
 
+def test_torchrun_chooses_the_gpus(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(train_actnet, "world", lambda: (0, 2))
+    for name in ("init_process_group", "is_initialized", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda *a, **k: True)
+    assert main(["--labeled", "7", "--gpu", "0"]) == 2
+    assert "CUDA_VISIBLE_DEVICES" in capsys.readouterr().err
+
+
 def test_bench_times_every_stage(data, tmp_path):
     cfg = config(data, student=(2, 4), teacher=(2, 8), cpu=True, precision="fp32", iters=2)      # fewer than are timed
     train_actnet.bench(cfg, 4, tmp_path / "results" / "step.csv")
