@@ -158,11 +158,10 @@ def read_patient(folder, needs_label):
 def find_patients(raw):
     """{"patient001": folder, ...} in RAW's training/ and testing/, in those of RAW/database, or in RAW itself."""
     found = {}
-    for base in (Path(raw), Path(raw) / "database"):
-        for parent in (base / "training", base / "testing", base):
-            for folder in sorted(parent.iterdir()) if parent.is_dir() else ():
-                if re.fullmatch(r"patient\d{3}", folder.name) and folder.is_dir():
-                    found.setdefault(folder.name, folder)
+    for parent in ("training", "testing", "", "database/training", "database/testing", "database"):
+        for folder in sorted(Path(raw, parent).glob("patient[0-9][0-9][0-9]")):
+            if folder.is_dir():
+                found.setdefault(folder.name, folder)
     require(found, raw, "no folder patientNNN", "give the folder that holds ACDC's training/ and testing/")
     return found
 
@@ -342,6 +341,7 @@ def run_parallel(function, jobs, workers=None, title=""):
 def _start_worker():
     """Ctrl-C is the parent's to handle; when the parent is killed, its workers leave too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whatever the parent had set
     parent = multiprocessing.parent_process().sentinel
     threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True).start()
 
@@ -375,6 +375,11 @@ def locked(out):
         f.close()
 
 
+def is_temporary(path):
+    """Whether a killed process of ours left it: .NAME.PID.part or .tmp."""
+    return re.fullmatch(r"\..+\.\d+\.(part|tmp)", path.name)
+
+
 @contextmanager
 def folder(path):
     """A folder: made if absent, locked, rid of a killed process's temporary files, and not left behind empty."""
@@ -382,7 +387,7 @@ def folder(path):
     try:
         path.mkdir(parents=True, exist_ok=True)
         with locked(path):
-            for part in (*path.glob(".*.[0-9]*.tmp"), *path.glob(".*.part")):
+            for part in filter(is_temporary, path.iterdir()):
                 part.unlink()
             yield
     finally:
@@ -404,7 +409,7 @@ def workspace(out):
     try:
         with folder(out):
             before = ours()
-            for part in [p for p in before if p.name.startswith(".") and p.suffix == ".part"]:  # a killed run's
+            for part in filter(is_temporary, before):  # a killed run's
                 part.unlink()
             try:
                 yield

@@ -59,20 +59,9 @@ from scipy import ndimage
 from tqdm import tqdm
 
 import data_prep
+import models
 from data_prep import CLASSES, PHASES, DataError
-from models import (
-    CheckpointError,
-    DeviceError,
-    count_macs,
-    count_parameters,
-    export_onnx,
-    find_heart,
-    largest_component,
-    load_model,
-    out_of_memory,
-    pick_device,
-    segment_volume,
-)
+from models import CheckpointError, find_heart, largest_component, load_model, pick_device, segment_volume
 
 SPLITS = ("val", "test", "official")
 METRICS = {"dice": "Dice", "jaccard": "Jaccard", "hd95_voxel": "HD95 voxels", "asd_voxel": "ASD voxels",
@@ -93,12 +82,8 @@ FIELD = (50, 1000)                   # mm that a slice can span; others are spac
 
 def dice(pred, label):
     """Two label maps of one shape -> Dice of RV, MYO, LV, (3,) float64; both empty 1, one empty 0."""
-    scores = []
-    for k in range(1, len(CLASSES) + 1):
-        p, y = pred == k, label == k
-        total = np.count_nonzero(p) + np.count_nonzero(y)
-        scores.append(2 * np.count_nonzero(p & y) / total if total else 1.0)
-    return np.array(scores)
+    both, p, y = (np.bincount(x.ravel(), minlength=4)[1:4] for x in (np.where(pred == label, label, 0), pred, label))
+    return np.where(p + y > 0, 2 * both / np.maximum(p + y, 1), 1.0)
 
 
 def surface_metrics(p, y, spacing=(1.0, 1.0, 1.0)):
@@ -184,13 +169,12 @@ def segment(nets, image, inference, component=False):
     """Segment (Z, Y, X) with the first of `nets`; the second, if there is one, is asked whether it agrees."""
     began = time.perf_counter()
     labels, probs = segment_volume(nets[0], image, **inference, return_probs=True)
-    seconds, disagreement = time.perf_counter() - began, np.full(len(CLASSES), np.nan)
+    seconds = time.perf_counter() - began
     entropy = -(probs * np.log(np.maximum(probs, 1e-12))).sum(1) / math.log(probs.shape[1])
     maps = [labels, *(segment_volume(n, image, **inference) for n in nets[1:])]
     if component:
         maps = [largest_component(m) for m in maps]
-    if len(maps) > 1:
-        disagreement = 1 - dice(*maps)
+    disagreement = 1 - dice(*maps) if len(maps) > 1 else np.full(len(CLASSES), np.nan)
     return Segmentation(maps[0], entropy, disagreement, seconds)
 
 
@@ -342,7 +326,7 @@ def evaluate_checkpoint(path, out, data=None, split="test", which=None, device="
         summary = dict(
             checkpoint=str(path), network=which or checkpoint["better"], step=checkpoint.get("step"),
             architecture=net.architecture, inference=inference, find_heart=find, largest_component=component,
-            parameters=count_parameters(net), macs_per_slice=count_macs(net, inference["size"]),
+            parameters=models.count_parameters(net), macs_per_slice=models.count_macs(net, inference["size"]),
             checkpoint_bytes=Path(path).stat().st_size,
             ms_per_slice=1000 * sum(s for s, _ in timed) / sum(n for _, n in timed), device=_describe(device),
             data=str(root), split=split, volumes=len(names), scored=len(cases),
@@ -486,6 +470,7 @@ def predict_file(nets, source, stem, inference, find=True, component=True, entro
         rows.append(dict(frame=t + 1, phase="", **ml, entropy=_mean(result.entropy[result.labels > 0]),
                          disagreement=_mean(result.disagreement)))
     ml = np.array([[r[f"{c.lower()}_ml"] for c in CLASSES] for r in rows])                         # (T, 3)
+    title = source.name.encode("utf-8", "replace").decode().replace("$", r"\$")       # as matplotlib takes any name
     cavity = np.where(ml[:, 2] > 0, ml[:, 2], np.inf)                    # a frame without any is a failure, not systole
     cine = np.isfinite(cavity).sum() > 1
     phases = dict(zip(PHASES, (int(ml[:, 2].argmax()), int(cavity.argmin())), strict=True)) if cine else {}
@@ -497,9 +482,9 @@ def predict_file(nets, source, stem, inference, find=True, component=True, entro
         shown.append((f"{phase}, frame {t + 1}" if phase else "", volume, labels[t]))
     axes = "".join(map(str, nib.aff2axcodes(np.nan_to_num(nifti.affine))))
     with _staging(stem.parent, [f"{stem.name}_{k}" for k in PREDICTED]) as folder:
-        draw_overlay(folder / f"{stem.name}_overlay.png", source.name, shown)
+        draw_overlay(folder / f"{stem.name}_overlay.png", title, shown)
         if len(frames) > 1:
-            draw_volumes(folder / f"{stem.name}_volumes.png", source.name, ml, phases, indices)
+            draw_volumes(folder / f"{stem.name}_volumes.png", title, ml, phases, indices)
         _write_csv(folder / f"{stem.name}_volumes.csv", rows)
         _save_like(nifti, labels, folder / f"{stem.name}_seg.nii.gz")
         if entropy:
@@ -557,14 +542,13 @@ def time_inference(nets, inference, device="cpu", slices=10, frames=30):
     net, rng = nets[0], np.random.default_rng(0)
     frame = rng.random((slices, 256, 216), np.float32)
 
-    def autocast():
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
-            segment_volume(net, frame, **inference)
-    ways = {"torch fp32": lambda: segment_volume(net, frame, **inference), "torch bf16": autocast}
+    def fp32():
+        segment_volume(net, frame, **inference)
+    ways = {"torch fp32": fp32, "torch bf16": torch.autocast(torch.device(device).type, torch.bfloat16)(fp32)}
     if all(map(importlib.util.find_spec, ("onnxscript", "onnxruntime"))):
         import onnxruntime
         with tempfile.TemporaryDirectory() as folder:
-            export_onnx(net, Path(folder) / "net.onnx", {})
+            models.export_onnx(net, Path(folder) / "net.onnx", {})
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = torch.get_num_threads()
             session = onnxruntime.InferenceSession(Path(folder) / "net.onnx", options,
@@ -611,7 +595,7 @@ def _plain(x):
 
 def _write_csv(path, rows):
     """A float with six digits, NaN and None as an empty cell."""
-    with open(path, "w", newline="", encoding="utf-8") as f:
+    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as f:             # a file's odd name
         writer = csv.DictWriter(f, rows[0])
         writer.writeheader()
         for row in rows:
@@ -711,7 +695,8 @@ def write_report(folder, summary, config):
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>',
         f"<h1>{title}</h1>", *before, *map(table, tables(summary)), *after,
         *(picture(*p) for p in pictures if (folder / p[0]).exists()),
-        f"<h2>Configuration</h2><pre>{html.escape(settings)}</pre></html>\n"]), encoding="utf-8")
+        f"<h2>Configuration</h2><pre>{html.escape(settings)}</pre></html>\n"]), encoding="utf-8",
+        errors="backslashreplace")
 
 
 def _number(digits, *values):
@@ -746,6 +731,8 @@ def main(argv=None):
     device.add_argument("--gpu", type=int, metavar="N", help="CUDA device [the first, if any]")
     device.add_argument("--cpu", action="store_true", help="run on the CPU")
     args = parser.parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")                                               # likewise
     if args.entropy and not args.predict:
         parser.error("--entropy goes with --predict")
     if (args.data or args.split) and (args.predict or args.onnx or args.time):
@@ -768,7 +755,7 @@ def main(argv=None):
             classes = ",".join(("background", *CLASSES))
             steps = ("central window of" if inference["view"] == "heart" else "whole slice resized to") + \
                 " size x size pixels; the graph standardises each slice; argmax of the logits"
-            opset = export_onnx(nets[0].cpu(), args.onnx, dict(
+            opset = models.export_onnx(nets[0].cpu(), args.onnx, dict(
                 classes=classes, preprocessing=steps, size=str(inference["size"]), view=inference["view"]))
             print(f"{out}: ONNX opset {opset}, {out.stat().st_size / 1e6:.1f} MB; classes {classes}; {steps}")
             return 0
@@ -780,13 +767,13 @@ def main(argv=None):
                       f"{inference['size']})")
             return 0
         summary = evaluate_checkpoint(args.checkpoint, out, args.data, split, args.which, device, find, component)
-    except (CheckpointError, DataError, DeviceError, OSError) as error:
+    except (CheckpointError, DataError, models.DeviceError, OSError) as error:
         text = error if not isinstance(error, OSError) else f"{out}: {error.strerror or error}; choose another " \
             f"{'FILE' if args.onnx else '--out'} or free some space"
         print(f"evaluate.py: {text}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
+        if not models.out_of_memory(error):
             raise
         print(f"evaluate.py: out of memory ({data_prep.one_line(error)}); --cpu may have more", file=sys.stderr)
         return 2

@@ -145,7 +145,7 @@ def choose_cache(cache, device, need):
         return cache
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**33
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory
-    return "device" if need < free / 4 else "ram" if need < memory / 4 else "disk"
+    return "device" if need < free / 4 else "ram" if need * world()[1] < memory / 4 else "disk"
 
 
 def deaf(worker):
@@ -211,6 +211,9 @@ class Slices:
             drawn.append(start + order[step * n - passes[0] * pool:][:n])
         return np.concatenate(drawn), parts[0][2]
 
+    def __getstate__(self):                                  # for a reader, which needs no GPU and opens none
+        return {**self.__dict__, "noise": None}
+
     def __getitem__(self, step):
         """-> images (B, 1, S, S), labels (L, 1, S, S) of its first L slices, both as they wait; or the error."""
         index, n_labeled = self.indices(step)
@@ -225,10 +228,9 @@ class Slices:
 
     def batches(self, start, stop):
         """batch(step) of the steps start to stop, read ahead where the slices wait on disk."""
-        ahead = dict(num_workers=min(8, os.cpu_count() or 2), prefetch_factor=2, worker_init_fn=deaf)
-        workers = ahead if self.cache == "disk" else {}
+        ahead = dict(num_workers=min(8, os.cpu_count() or 2), worker_init_fn=deaf) if self.cache == "disk" else {}
         pin = self.device.type == "cuda" and self.cache != "device"
-        loader = DataLoader(self, batch_size=None, sampler=range(start, stop), pin_memory=pin, **workers)
+        loader = DataLoader(self, batch_size=None, sampler=range(start, stop), pin_memory=pin, **ahead)
         for step, raw in zip(range(start, stop), loader, strict=True):
             yield self.batch(step, raw)
 
@@ -338,7 +340,7 @@ def describe(cfg, device, slices, nets):
 def append_row(path, row):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", newline="") as f:
+        with open(path, "a", newline="", encoding="utf-8") as f:
             writer = csv.DictWriter(f, row, lineterminator="\n")
             if f.tell() == 0:
                 writer.writeheader()
@@ -386,7 +388,7 @@ class _Sum(torch.autograd.Function):
 
 
 class GlobalBatchNorm(nn.BatchNorm2d):
-    """Batch norm over the batch of all processes: what SyncBatchNorm does, which wants a GPU."""
+    """Batch norm over the batch of all processes; SyncBatchNorm wants a GPU, and waits for it in every layer."""
 
     def forward(self, x):
         if not self.training:
@@ -402,14 +404,11 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         return (f * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)
 
 
-def split(net, device):
+def split(net):
     """The network for one of several processes: batch norm and gradients over all of them."""
-    if device.type == "cuda":                                               # waits for the device in every layer
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    else:
-        for module in net.modules():
-            if type(module) is nn.BatchNorm2d:
-                module.__class__ = GlobalBatchNorm
+    for module in net.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = GlobalBatchNorm
     return DistributedDataParallel(net)
 
 
@@ -469,7 +468,7 @@ class ActNet:
         if cfg.compile:                                       # static: the networks differ in their number of rows
             self.forward = {name: torch.compile(net, dynamic=False) for name, net in self.nets.items()}
         if world()[1] > 1:
-            self.forward |= {name: split(self.forward[name], device) for name in trained}
+            self.forward |= {name: split(self.forward[name]) for name in trained}
 
     def step(self, step, x, y, rng, mark=lambda stage: None):
         """One step on a batch of Slices -> TERMS (6,) float on the device. Waits for nothing; `mark` is told when a
@@ -508,7 +507,7 @@ class ActNet:
                 mark("coteacher")
                 if x_t is not None:
                     self.nets["teacher"].eval()
-                    t = gather((teacher if frozen else self.nets["teacher"])(x_t))
+                    t = gather(getattr(teacher, "module", teacher)(x_t))      # inside DistributedDataParallel, if it is
             if use_teacher and not frozen:
                 self.nets["teacher"].train()
                 t_seg = gather(teacher(x_l))
@@ -548,7 +547,7 @@ COLUMNS = ("step", "seconds", "lr", "slices_per_s", *TERMS, "val_student", "val_
 def prepare(cfg):
     """The checks of a run -> its device, slices and networks."""
     local = dist.is_initialized() and torch.cuda.is_available() and not cfg.cpu  # torchrun: a GPU for each process
-    gpu = int(os.environ["LOCAL_RANK"]) if local else None if cfg.gpu == -1 else cfg.gpu
+    gpu = int(os.environ.get("LOCAL_RANK", world()[0])) if local else None if cfg.gpu == -1 else cfg.gpu
     device = pick_device(gpu, cfg.cpu)
     if device.type == "cuda":
         torch.cuda.set_device(device)                       # what has no tensor to go by: events, pinned memory, bf16?
@@ -595,6 +594,7 @@ def train(cfg, resume=None):
             tensors = sum(len(group["params"]) for group in act.optimizer.param_groups)
             if len(act.optimizer.state) != tensors:
                 raise ValueError(f"the optimiser's state is of {len(act.optimizer.state)} of {tensors} tensors")
+            del resume["networks"], resume["optimizer"]                                             # gigabytes, perhaps
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = data_prep.one_line(error)
             raise UserError(f"--resume {run}: the checkpoint's state does not fit its config ({reason})") from None
@@ -643,7 +643,7 @@ def train(cfg, resume=None):
                 finite(history, done)
             if device.type == "cpu" and done == start + 8 and rank == 0:
                 hours = (time.perf_counter() - began) / 8 * (cfg.iters - start) / 3600
-                advice = "; --preset cpu is smaller" if hours > 1 else ""
+                advice = "; --preset cpu is smaller" if hours > 1 and cfg.size > PRESETS["cpu"]["size"] else ""
                 bar.write(f"about {60 * hours:.0f} minutes on this CPU{advice}")
             if world()[1] > 1 and due:                                            # all stop, or none
                 votes = torch.tensor(float(stopping), device=device)
@@ -794,7 +794,8 @@ def bench(cfg, steps, table):
         method=cfg.method, **{"teacher": "", "student": "", **shapes}, size=cfg.size, batch=cfg.batch, steps=steps,
         ms_p20=p20, ms_p50=p50, ms_p80=p80, slices_per_s=1000 * cfg.batch / p50,
         **{f"{stage}_percent": 100 * s.sum() / total.sum() for stage, s in spans.items()},
-        gflop=flop(act) / 1e9, matrix_tflops=rate / 1e12, floor_percent=1e5 * flop(act) / rate / p50, peak_mb=peak)
+        gflop=flop(act) / 1e9, matrix_tflops=rate / 1e12,                                  # the latter of one device
+        floor_percent=1e5 * flop(act) / world()[1] / rate / p50, peak_mb=peak)
     row = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
     if world()[0] == 0:
         append_row(table, row)
@@ -865,7 +866,7 @@ def parse(argv):
     group = parser.add_argument_group("run")
     group.add_argument("-h", "--help", action="help", help="show this and exit")
     group.add_argument("--preset", choices=("paper", "cpu"),
-                       help="paper: the published protocol; cpu: half an hour on two cores with bf16")
+                       help="paper: the field's protocol, its distances; cpu: half an hour on two cores, bf16")
     group.add_argument("--demo", action="store_true", help="train and evaluate on synthetic hearts")
     group.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
     group.add_argument("--bench", nargs="?", type=int, const=50, metavar="STEPS",
@@ -940,8 +941,8 @@ def main(argv=None):
             held.enter_context(data_prep.folder(Path(folder)))                                     # before it is read
         cfg, resume = resolve(given)
         if demo and rank == 0 and not (Path(cfg.data) / "manifest.json").exists() and \
-                data_prep.main(["--phantom", cfg.data]):
-            return 2
+                (code := data_prep.main(["--phantom", cfg.data])):
+            return code
         if dist.is_initialized():
             shared = [cfg.out]
             dist.broadcast_object_list(shared)

@@ -344,6 +344,19 @@ def test_names(capsys, tmp_path, checkpoint):
     assert sorted(results(tmp_path / "endings")) == ["other.nii", "other.nii.gz", "séance один.nii.gz"]
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take only UTF-8")
+def test_names_that_are_no_text_or_look_like_formulas(tmp_path, checkpoint):
+    scans = [write_nifti(tmp_path / name, np.stack([frame(), frame()])) for name in ("a$b_$c^.nii", "plain.nii")]
+    latin = os.fsencode(tmp_path) + b"/Zo\xeb.nii"
+    shutil.copy(scans[1], latin)
+    done = subprocess.run([sys.executable, SCRIPT, checkpoint, "--cpu", "--out", tmp_path / "o", "--predict", latin,
+                           *scans], capture_output=True, encoding="utf-8", env={**os.environ, "PYTHONUTF8": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "Zo\\udceb.nii: 2 frames" in done.stdout
+    assert len(list((tmp_path / "o").glob("*_volumes.png"))) == 3
+    assert (tmp_path / "o" / "predictions.csv").read_text(encoding="utf-8").count("\n") == 4
+
+
 # ------------------------------------------------------------------------------------------------------------ faults
 
 def damage(folder):

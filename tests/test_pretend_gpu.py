@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo  # it reads torch.Generator, which must still be the true one
+from test_train import SMALL, config, data  # noqa: F401
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 import evaluate
 import models
 import train_actnet
-from tests.test_train import SMALL, config, data  # noqa: F401
 from train_actnet import ActNet, Slices, main
 
 ROOT = Path(__file__).parent.parent

@@ -4,6 +4,7 @@ import csv
 import functools
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -375,6 +376,12 @@ def test_what_fits_decides_where_the_slices_wait():
     assert choose_cache("ram", cpu, 2**50) == "ram"
 
 
+def test_a_reader_takes_nothing_of_the_device(data):
+    slices = pickle.loads(pickle.dumps(Slices(config(data, cache="disk"), torch.device("cpu"))))
+    assert slices.noise is None
+    assert [part.shape for part in slices[0]] == [(4, 1, 96, 96), (2, 1, 96, 96)]
+
+
 def test_damaged_slice_read_ahead_is_one_line(data, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(data, copy)
@@ -542,6 +549,17 @@ def test_full_disk_keeps_the_checkpoint(data, tmp_path, monkeypatch, capsys):
     assert "No space left" in error.splitlines()[-1]
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == before
     assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_files_of_others_are_left_alone(data, tmp_path, monkeypatch, capsys):
+    """--resume "" is the working directory."""
+    names = [".movie.mkv.part", "movie.part", ".last.pt.4711.tmp"]
+    for name in names:
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    assert main(["--resume", ""]) == 2
+    assert "no such checkpoint" in capsys.readouterr().err
+    assert sorted(os.listdir()) == names[:2]
 
 
 @pytest.mark.parametrize(("options", "says"), [
