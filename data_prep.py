@@ -159,8 +159,9 @@ def find_patients(raw):
     """{"patient001": folder, ...} in RAW's training/ and testing/, in those of RAW/database, or in RAW itself."""
     found = {}
     for parent in ("training", "testing", "", "database/training", "database/testing", "database"):
-        for folder in sorted(Path(raw, parent).glob("patient[0-9][0-9][0-9]")):
-            if folder.is_dir():
+        parent = Path(raw, parent)
+        for folder in sorted(parent.iterdir()) if parent.is_dir() else ():
+            if re.fullmatch(r"patient\d{3}", folder.name) and folder.is_dir():
                 found.setdefault(folder.name, folder)
     require(found, raw, "no folder patientNNN", "give the folder that holds ACDC's training/ and testing/")
     return found
@@ -376,8 +377,8 @@ def locked(out):
 
 
 def is_temporary(path):
-    """Whether a killed process of ours left it: .NAME.PID.part or .tmp."""
-    return re.fullmatch(r"\..+\.\d+\.(part|tmp)", path.name)
+    """Whether a killed process of ours left it: .NAME.PID.part or .tmp, NAME as we give them."""
+    return re.fullmatch(r"\..+\.(cfg|csv|gz|h5|json|list|onnx|png|pt)\.\d+\.(part|tmp)", path.name)
 
 
 @contextmanager
@@ -667,6 +668,11 @@ def make_phantom(out, patients=20, seed=0, workers=None):
 
 
 class Parser(argparse.ArgumentParser):
+    def parse_args(self, *args):
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be text
+        return super().parse_args(*args)
+
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 

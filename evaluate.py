@@ -81,7 +81,7 @@ FIELD = (50, 1000)                   # mm that a slice can span; others are spac
 # ---------------------------------------------------------------------------------------------------------- metrics
 
 def dice(pred, label):
-    """Two label maps of one shape -> Dice of RV, MYO, LV, (3,) float64; both empty 1, one empty 0."""
+    """Two label maps of one shape, integers from 0 -> Dice of RV, MYO, LV, (3,) float64; both empty 1, one empty 0."""
     both, p, y = (np.bincount(x.ravel(), minlength=4)[1:4] for x in (np.where(pred == label, label, 0), pred, label))
     return np.where(p + y > 0, 2 * both / np.maximum(p + y, 1), 1.0)
 
@@ -731,8 +731,6 @@ def main(argv=None):
     device.add_argument("--gpu", type=int, metavar="N", help="CUDA device [the first, if any]")
     device.add_argument("--cpu", action="store_true", help="run on the CPU")
     args = parser.parse_args(argv)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")                                               # likewise
     if args.entropy and not args.predict:
         parser.error("--entropy goes with --predict")
     if (args.data or args.split) and (args.predict or args.onnx or args.time):

@@ -43,7 +43,7 @@ def pick_device(gpu=None, cpu=False):
     count = torch.cuda.device_count()
     if gpu is not None and not 0 <= gpu < count:
         have = f"devices 0 to {count - 1}" if count else \
-            f"no CUDA device for torch {torch.__version__}; --cpu runs without one"
+            f"no CUDA device for torch {torch.__version__}; give --cpu instead"
         raise DeviceError(f"--gpu {gpu}: this machine has {have}")
     return torch.device("cpu") if cpu or not count else torch.device("cuda", gpu or 0)
 

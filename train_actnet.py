@@ -144,8 +144,9 @@ def choose_cache(cache, device, need):
     if cache != "auto":
         return cache
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**33
+    memory /= world()[1]
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory
-    return "device" if need < free / 4 else "ram" if need * world()[1] < memory / 4 else "disk"
+    return "device" if need < free / 4 else "ram" if need < memory / 4 else "disk"
 
 
 def deaf(worker):
@@ -340,7 +341,7 @@ def describe(cfg, device, slices, nets):
 def append_row(path, row):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", newline="", encoding="utf-8") as f:
+        with open(path, "a", newline="", encoding="utf-8", errors="backslashreplace") as f:
             writer = csv.DictWriter(f, row, lineterminator="\n")
             if f.tell() == 0:
                 writer.writeheader()
@@ -643,7 +644,7 @@ def train(cfg, resume=None):
                 finite(history, done)
             if device.type == "cpu" and done == start + 8 and rank == 0:
                 hours = (time.perf_counter() - began) / 8 * (cfg.iters - start) / 3600
-                advice = "; --preset cpu is smaller" if hours > 1 and cfg.size > PRESETS["cpu"]["size"] else ""
+                advice = "; --preset cpu is smaller" if hours > 1 and cfg.teacher > PRESETS["cpu"]["teacher"] else ""
                 bar.write(f"about {60 * hours:.0f} minutes on this CPU{advice}")
             if world()[1] > 1 and due:                                            # all stop, or none
                 votes = torch.tensor(float(stopping), device=device)

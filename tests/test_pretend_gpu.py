@@ -1,7 +1,7 @@
 """Training and evaluation on a GPU that is not there: each tensor computes on the CPU and remembers where it would be.
 
 An operator that mixes the two places, or asks a tensor of the GPU for its value, is found on any machine. What this
-cannot see: kernels (tests/test_kernels.py), numerics, memory, streams.
+cannot see: kernels (tests/test_kernels.py), numerics, memory (pinned, too), streams.
 """
 import traceback
 from pathlib import Path
@@ -80,10 +80,15 @@ class Operators(TorchDispatchMode):
         places = [self.gpu.holds(x) for x in given]
         name = func.__name__.split(".")[0]
         out = func(*args, **(kwargs or {}))
-        if any(places):
-            if name in ("_local_scalar_dense", "equal", "nonzero", "masked_select"):
+        if any(places) and name == "copy_":
+            if places == [False, True]:
                 self.gpu.waits.add(f"{name} at {line()}")
-            if name != "copy_" and not all(p or x.ndim == 0 for p, x in zip(places, given, strict=True)):
+        elif any(places):
+            masked = name in ("index", "index_put_") and any(x.dtype == torch.bool for x in given[1:])
+            if masked or name in ("_local_scalar_dense", "equal", "nonzero", "masked_select", "bincount", "_unique2"):
+                self.gpu.waits.add(f"{name} at {line()}")
+            of_one_place = name in ("stack", "cat") or name.startswith(("_foreach", "_fused"))     # scalars as well
+            if not all(p or (x.ndim == 0 and not of_one_place) for p, x in zip(places, given, strict=True)):
                 self.gpu.mixed.add(f"{name} at {line()}")
             for x in tree_leaves(out):
                 if isinstance(x, torch.Tensor):
@@ -119,7 +124,11 @@ def test_mixing_and_waiting_are_seen(gpu):
         assert [len(gpu.mixed), len(gpu.waits)] == [0, 2]
         assert float((x + torch.ones(3)).sum()) == sum(x.tolist()) + 3
         x.numpy()
-    assert [len(gpu.mixed), len(gpu.waits)] == [2, 4]
+        assert [len(gpu.mixed), len(gpu.waits)] == [2, 4]
+        torch.stack([x.sum(), torch.tensor(1)])
+        torch.zeros(3).copy_(x)
+        assert len(x[x > 0]) == 2
+    assert [len(gpu.mixed), len(gpu.waits)] == [3, 6]
 
 
 @pytest.mark.filterwarnings("ignore:User provided device_type")

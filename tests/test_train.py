@@ -369,11 +369,13 @@ def test_the_same_run_from_device_memory_and_disk(data, tmp_path):
     assert logs[0] == logs[1] == logs[2]
 
 
-def test_what_fits_decides_where_the_slices_wait():
+def test_what_fits_decides_where_the_slices_wait(monkeypatch):
     cpu = torch.device("cpu")
     assert choose_cache("auto", cpu, 2**20) == "device"
     assert choose_cache("auto", cpu, 2**50) == "disk"
     assert choose_cache("ram", cpu, 2**50) == "ram"
+    monkeypatch.setattr(train_actnet, "world", lambda: (0, 2**30))                            # each wants its own
+    assert choose_cache("auto", cpu, 2**20) == "disk"
 
 
 def test_a_reader_takes_nothing_of_the_device(data):
@@ -553,13 +555,13 @@ def test_full_disk_keeps_the_checkpoint(data, tmp_path, monkeypatch, capsys):
 
 def test_files_of_others_are_left_alone(data, tmp_path, monkeypatch, capsys):
     """--resume "" is the working directory."""
-    names = [".movie.mkv.part", "movie.part", ".last.pt.4711.tmp"]
+    names = [".movie.2019.part", ".movie.mkv.part", "movie.part", ".last.pt.4711.tmp"]
     for name in names:
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
     assert main(["--resume", ""]) == 2
     assert "no such checkpoint" in capsys.readouterr().err
-    assert sorted(os.listdir()) == names[:2]
+    assert sorted(os.listdir()) == names[:3]
 
 
 @pytest.mark.parametrize(("options", "says"), [
