@@ -669,7 +669,7 @@ def make_phantom(out, patients=20, seed=0, workers=None):
 
 class Parser(argparse.ArgumentParser):
     def parse_args(self, *args):
-        if hasattr(sys.stdout, "reconfigure"):
+        with suppress(AttributeError, OSError):  # of a stream that is no file, or has been replaced
             sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be text
         return super().parse_args(*args)
 
