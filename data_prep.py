@@ -404,7 +404,7 @@ def workspace(out):
     Ctrl-C and kills leave the finished files there: the next run goes on from them.
     """
     def ours():
-        names = ("data", "raw", "*.list", "manifest.json", "phantom.json", ".*.part")
+        names = ("data", "raw", "*.list", "manifest.json", "phantom.json")
         return {p for name in names for top in out.glob(name) for p in (top, *top.rglob("*"))}
 
     try:

@@ -81,9 +81,13 @@ FIELD = (50, 1000)                   # mm that a slice can span; others are spac
 # ---------------------------------------------------------------------------------------------------------- metrics
 
 def dice(pred, label):
-    """Two label maps of one shape, integers from 0 -> Dice of RV, MYO, LV, (3,) float64; both empty 1, one empty 0."""
-    both, p, y = (np.bincount(x.ravel(), minlength=4)[1:4] for x in (np.where(pred == label, label, 0), pred, label))
-    return np.where(p + y > 0, 2 * both / np.maximum(p + y, 1), 1.0)
+    """Two label maps of one shape -> Dice of RV, MYO, LV, (3,) float64; both empty 1, one empty 0."""
+    scores = []
+    for k in range(1, len(CLASSES) + 1):
+        p, y = pred == k, label == k
+        total = np.count_nonzero(p) + np.count_nonzero(y)
+        scores.append(2 * np.count_nonzero(p & y) / total if total else 1.0)
+    return np.array(scores)
 
 
 def surface_metrics(p, y, spacing=(1.0, 1.0, 1.0)):
