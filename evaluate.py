@@ -24,7 +24,7 @@ OUT, by default <checkpoint's folder>/<split>, receives
     metrics.csv     one row per volume and class: pandas.read_csv(f).groupby("class").mean(numeric_only=True)
     clinical.csv    one row per patient and index; clinical.png: correlation and Bland-Altman plots; both absent where
                     the data hold no spacing
-    overlay_*.png   the best, median and worst patient by mean Dice: end-diastole and end-systole, three levels
+    overlay_*.png   the best, median and worst patient by mean Dice: end-diastole and end-systole; base, middle, apex
     report.html     tables and pictures in one file
     summary.json    everything that is printed
 A volume without annotation is predicted (its ml are in metrics.csv) and not scored; a line says how many there are.
@@ -197,12 +197,12 @@ def load_networks(path, device="cpu", which=None):
 # --------------------------------------------------------------------------------------------------------- pictures
 
 def three_slices(mask):
-    """(Z, Y, X) bool -> a basal, a middle and an apical slice of it; the base is where the heart is wider."""
+    """(Z, Y, X) bool -> its most basal, middle and most apical slice; the base is where the heart is wider."""
     area = mask.sum((1, 2))
     z = np.flatnonzero(area) if area.any() else np.arange(len(area))
     half = (len(z) + 1) // 2
     z = z if area[z[:half]].sum() >= area[z[-half:]].sum() else z[::-1]
-    return [int(z[round(f * (len(z) - 1))]) for f in (0.15, 0.5, 0.85)]
+    return [int(z[round(f * (len(z) - 1))]) for f in (0, 0.5, 1)]
 
 
 def draw_overlay(path, title, frames):
@@ -226,7 +226,8 @@ def draw_overlay(path, title, frames):
         ys, xs = np.nonzero(truth.any(0)) if truth.any() else [(0, n) for n in truth.shape[1:]]
         center, half = ((min(ys) + max(ys)) / 2, (min(xs) + max(xs)) / 2), max(np.ptp(ys), np.ptp(xs)) / 2 + 10
         axes = block.subplots(3, len(panels), squeeze=False)
-        for row, z, level in zip(axes, three_slices(truth > 0), ("basal", "mid", "apical"), strict=True):
+        heart = (truth > 0) | (pred > 0)                                      # errors lie at its ends
+        for row, z, level in zip(axes, three_slices(heart), ("basal", "mid", "apical"), strict=True):
             window = tuple(slice(max(0, int(c - half)), int(c + half) + 1) for c in center)
             low, high = np.percentile(v.image[z][window], (1, 99.5))
             for ax, panel in zip(row, panels, strict=True):
@@ -241,7 +242,7 @@ def draw_overlay(path, title, frames):
                 ax.set(xlim=(center[1] - half, center[1] + half), ylim=(center[0] + half, center[0] - half),
                        xticks=[], yticks=[])
                 ax.set_facecolor("black")
-                if row is axes[0]:
+                if level == "basal":
                     ax.set_title(panel, color="0.8", fontsize=10)
             row[0].set_ylabel(f"{level}, slice {z + 1}", color="0.8", fontsize=10)
     handles = [Patch(facecolor="none", edgecolor=COLORS[c], linewidth=2, label=c) for c in CLASSES]
@@ -286,8 +287,10 @@ def draw_volumes(path, title, ml, phases, indices):
         ax.plot(frames, ml[:, i], "o-", color=color, label=label, linewidth=2, markersize=4)
     for phase, t in phases.items():
         ax.axvline(t + 1, color="0.6", linestyle="--", linewidth=1)
-        ax.annotate(f"{phase}, frame {t + 1}", (t + 1, 1), xycoords=("data", "axes fraction"), xytext=(4, -12),
-                    textcoords="offset points", color="0.35", fontsize=9)
+        late = t > len(ml) / 2                                       # its text to the left, or it leaves the axes
+        ax.annotate(f"{phase}, frame {t + 1}", (t + 1, 1), xycoords=("data", "axes fraction"),
+                    xytext=(-4 if late else 4, -12), textcoords="offset points", ha="right" if late else "left",
+                    color="0.35", fontsize=9)
     ax.set(title=title, xlabel="frame", ylabel="volume, ml", ylim=(0, 1.15 * max(1, ml[:, [0, 2]].max())))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(alpha=0.25)

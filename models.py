@@ -39,13 +39,22 @@ def out_of_memory(error):
 
 def pick_device(gpu=None, cpu=False):
     """--gpu N and --cpu of a command line -> torch.device: without either the first CUDA device, if any. Raises
-    DeviceError where there is no device N."""
+    DeviceError where there is no device N, or torch cannot compute on it."""
     count = torch.cuda.device_count()
     if gpu is not None and not 0 <= gpu < count:
         have = f"devices 0 to {count - 1}" if count else \
             f"no CUDA device for torch {torch.__version__}; give --cpu instead"
         raise DeviceError(f"--gpu {gpu}: this machine has {have}")
-    return torch.device("cpu") if cpu or not count else torch.device("cuda", gpu or 0)
+    if cpu or not count:
+        return torch.device("cpu")
+    device = torch.device("cuda", gpu or 0)
+    try:
+        torch.ones(1, device=device).add_(1).item()                    # counted is not usable: an old driver or card
+    except (RuntimeError, AssertionError) as error:
+        raise DeviceError(f"--gpu {device.index}: torch {torch.__version__} cannot use it "
+                          f"({str(error).splitlines()[0]}); update its driver, install a torch built for this card, or "
+                          "give --cpu") from None
+    return device
 
 
 # ---------------------------------------------------------------------------------------------------------- network

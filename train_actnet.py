@@ -453,7 +453,12 @@ class ActNet:
             self.averaged, self.copied = ([[v for v in state if v.is_floating_point() == real] for state in states]
                                           for real in (True, False))
         if cfg.method in ("kd", "act") and cfg.teacher_ckpt:
-            self.nets["teacher"] = teacher = models.load_model(cfg.teacher_ckpt, device)[0].requires_grad_(False)
+            teacher, kept = models.load_model(cfg.teacher_ckpt, device)
+            trained_as = kept["config"].get("network") if isinstance(kept.get("config"), dict) else None
+            if trained_as == "student":
+                raise UserError(f"--teacher-ckpt {cfg.teacher_ckpt}: holds the student of its run, not a teacher; "
+                                "train one with --network teacher --method sup")
+            self.nets["teacher"] = teacher.requires_grad_(False)
             for key in ("in_channels", "num_classes"):
                 if teacher.architecture[key] != student.architecture[key]:
                     raise UserError(f"--teacher-ckpt {cfg.teacher_ckpt}: {key} {teacher.architecture[key]}, "
@@ -565,6 +570,7 @@ def prepare(cfg):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # warn_only: max-pooling's backward is called non-deterministic, but our windows do not overlap.
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False          # NaN into each empty tensor: time only
     slices = Slices(cfg, device)
     return device, slices, ActNet(cfg, device, slices)
 
@@ -906,7 +912,11 @@ def resolve(given):
             raise UserError(f"--resume {folder}: {flag(changed[0])} may not change within a run")
         saved.update({"cpu": False} if "gpu" in given else {"gpu": -1} if "cpu" in given else {})
         return Config(**{**saved, **given, "out": folder}), resume
-    cfg = Config(**{**PRESETS.get("demo" if demo else preset, {}), **given})
+    usual = PRESETS.get("demo" if demo else preset, {})
+    if "batch" in given and "labeled_batch" not in given:                     # the labelled share follows the batch
+        share = Config(**usual)
+        given["labeled_batch"] = max(1, given["batch"] * share.labeled_batch // share.batch)
+    cfg = Config(**{**usual, **given})
     if not cfg.out:
         base = f"runs/{'demo-' if demo else ''}{cfg.method}-{cfg.labeled}-seed{cfg.seed}"
         names = [base] + [f"{base}-{i}" for i in range(2, 1000)]

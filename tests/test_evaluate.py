@@ -13,6 +13,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from medpy.metric import binary
 from PIL import Image
 
@@ -266,10 +268,36 @@ def test_agreement_by_hand():
 def test_three_slices_from_base_to_apex():
     area = [0, 9, 8, 7, 6, 5, 4, 3, 0]
     mask = np.arange(10)[None, None] < np.array(area)[:, None, None]
-    assert evaluate.three_slices(mask) == [2, 4, 6]
-    assert evaluate.three_slices(mask[::-1]) == [6, 4, 2]
+    assert evaluate.three_slices(mask) == [1, 4, 7]
+    assert evaluate.three_slices(mask[::-1]) == [7, 4, 1]
     assert evaluate.three_slices(mask[:2]) == [1, 1, 1]
     assert len(evaluate.three_slices(mask[:1])) == 3                                            # nothing annotated
+
+
+def test_an_overlay_names_its_panels_and_shows_both_ends(monkeypatch, tmp_path):
+    """What a reader sees: which panel is which, and the most basal slice, where only the prediction has a heart."""
+    label, pred = np.zeros((2, 7, 40, 40), np.uint8)
+    label[2:5, 15:25, 15:25], pred[1:5, 15:25, 15:25] = 3, 3
+    image = np.random.default_rng(0).random(label.shape, np.float32)
+    v = data_prep.Volume("patient028_frame01", image, label, None, None)
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
+    evaluate.draw_overlay(tmp_path / "x.png", "title", [("ED", v, pred)])
+    axes = [ax for block in drawn[0].subfigs for ax in block.axes]
+    assert [ax.get_title() for ax in axes] == ["image", "annotation", "prediction"] + [""] * 6
+    assert [ax.get_ylabel() for ax in axes[::3]] == ["basal, slice 2", "mid, slice 4", "apical, slice 5"]
+
+
+def test_marks_of_a_late_frame_stay_inside_the_curve(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
+    evaluate.draw_volumes(tmp_path / "x.png", "title", np.full((12, 3), 50.0), {"ED": 11, "ES": 0}, {})
+    figure = drawn[0]
+    FigureCanvasAgg(figure).draw()
+    (ax,) = figure.axes
+    inside = ax.get_window_extent()
+    assert len(ax.texts) == 2
+    assert all(inside.x0 <= t.get_window_extent().x0 and t.get_window_extent().x1 <= inside.x1 for t in ax.texts)
 
 
 # ------------------------------------------------------------------------------------------------------ command line

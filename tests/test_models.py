@@ -140,7 +140,19 @@ def test_find_heart_by_hand(monkeypatch, net):
     assert models.find_heart(*arguments, "whole") == {}
 
 
+def test_a_device_that_torch_cannot_use_is_named(monkeypatch):
+    """As with a driver that is too old, or a card that torch was not built for: counted, and then it fails."""
+    def fail(*args, **kwargs):
+        raise RuntimeError("CUDA error: no kernel image is available")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch, "ones", fail)
+    with pytest.raises(models.DeviceError, match=r"--gpu 0: torch .* cannot use it .*no kernel image.*--cpu"):
+        models.pick_device()
+    assert models.pick_device(None, True) == torch.device("cpu")
+
+
 def test_pick_device(monkeypatch):
+    monkeypatch.setattr(torch, "ones", lambda *size, device: torch.zeros(size))
     for count, gpu, cpu, expected in ((0, None, False, "cpu"), (2, None, False, "cuda:0"), (2, 1, False, "cuda:1"),
                                       (2, None, True, "cpu")):
         monkeypatch.setattr(torch.cuda, "device_count", lambda n=count: n)

@@ -151,12 +151,14 @@ def test_a_step_stays_on_the_gpu_and_never_waits(data, gpu, changes):  # noqa: F
 @pytest.mark.filterwarnings("ignore:User provided device_type")
 def test_runs_and_an_evaluation_mix_nothing(data, gpu, tmp_path):  # noqa: F811
     options = ["--data", str(data), *(o for o in SMALL if o != "--cpu")]
-    first, second = tmp_path / "first", tmp_path / "second"
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
     best = str(first / "best.pt")
     with gpu:
         assert main([*options, "--out", str(first)]) == 0
         assert main(["--resume", str(first), "--iters", "6"]) == 0
-        assert main([*options, "--out", str(second), "--init", best, "--teacher-ckpt", best]) == 0
+        assert main([*options, "--out", str(third), "--method", "sup", "--network", "teacher"]) == 0
+        teacher = str(third / "best.pt")
+        assert main([*options, "--out", str(second), "--init", best, "--teacher-ckpt", teacher]) == 0
         assert evaluate.main([best, "--data", str(data), "--find-heart"]) == 0
     assert gpu.marked
     assert gpu.mixed == set()

@@ -217,6 +217,7 @@ def test_cutmix_spares_the_labeled_and_shows_the_student_another_slice(data, con
 @pytest.mark.parametrize("teacher", ["none", "along", "frozen"])
 def test_hard_labels_are_the_mean_of_those_who_answer(data, tmp_path, monkeypatch, teacher):
     """Of the co-teacher alone, or of co-teacher and frozen teacher; a pixel below the confidence is ignored."""
+    torch.manual_seed(0)                                               # whichever tests ran before
     net, path = models.UNet(2, 8), tmp_path / "teacher.pt"
     models.save_checkpoint(path, dict(networks=dict(student=net.state_dict()), architecture=net.architecture,
                                       inference=dict(view="heart", size=32), better="student"))
@@ -301,6 +302,21 @@ def test_frozen_teacher_stays_and_teaches(data, tmp_path):
     before, after = load_checkpoint(ckpt), load_checkpoint(tmp_path / "run" / "last.pt")
     for name, tensor in before["networks"]["student"].items():
         assert torch.equal(tensor, after["networks"]["teacher"][name]), name
+
+
+def test_a_student_is_no_teacher(data, tmp_path, capsys):
+    run(data, tmp_path / "student", "--method", "sup")
+    more = ["--teacher-ckpt", str(tmp_path / "student" / "best.pt"), "--out", str(tmp_path / "run")]
+    assert main(["--data", str(data), *SMALL, *more]) == 2
+    assert "holds the student of its run" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_labelled_share_follows_the_batch():
+    def labeled(*options):
+        return train_actnet.resolve(train_actnet.parse(["--out", "absent", *options]))[0].labeled_batch
+    assert [labeled("--batch", "48"), labeled("--batch", "1"), labeled("--preset", "cpu", "--batch", "4")] == [24, 1, 2]
+    assert labeled("--batch", "48", "--labeled-batch", "12") == 12
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
