@@ -218,14 +218,16 @@ class _DiceCE(torch.autograd.Function):
         dice, ce = (logits.new_empty((), dtype=torch.float32) for _ in range(2))
         coef = logits.new_empty(2 * c + 1, dtype=torch.float32)
         with torch.cuda.device_of(logits):
+            # No fused multiply-add, as in softmax_kl.py: with it `pc - qc` of equal logits would not be exactly 0.
             _sums_kernel[(programs,)](
                 logits, target, part, h * w, w, blocks, n * blocks, programs,
                 *logits.stride(), *target.stride(), ignore,
-                C=c, SQUARED=squared, FLAT=flat, BLOCK=block, VEC=vec, num_warps=4,
+                C=c, SQUARED=squared, FLAT=flat, BLOCK=block, VEC=vec, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
             _finish_kernel[(1,)](
-                part, dice, ce, coef, programs, smooth, C=c, FIRST=first, LANES=1024, num_warps=4
-            )
+                part, dice, ce, coef, programs, smooth,
+                C=c, FIRST=first, LANES=1024, num_warps=4, enable_fp_fusion=False,
+            )  # fmt: skip
         ctx.save_for_backward(logits, target, coef)
         ctx.args = squared, ignore
         return dice, ce
@@ -242,7 +244,7 @@ class _DiceCE(torch.autograd.Function):
             _grad_kernel[(n * blocks,)](
                 logits, target, grad, coef, up_dice, up_ce, h * w, w, blocks,
                 *logits.stride(), *target.stride(), *grad.stride(), ignore,
-                C=c, SQUARED=squared, FLAT=flat, BLOCK=block, num_warps=4,
+                C=c, SQUARED=squared, FLAT=flat, BLOCK=block, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
         return grad, None, None, None, None, None
 

@@ -148,12 +148,15 @@ def _launch(student, teacher, grad, upstream, tau, expected, mse):
     pixels = n * h * w
     loss = student.new_empty(n * blocks, dtype=torch.float32) if upstream is None else None
     with torch.cuda.device_of(student):
+        # No fused multiply-add: it would round one product of `pc - qc` and not the other; equal logits would not
+        # give exactly 0, neither loss nor gradient.
         _distance_kernel[(n * blocks,)](
             student, teacher, grad, upstream, loss,
             h * w, w, blocks,
             *student.stride(), *teacher.stride(), *((0, 0, 0, 0) if grad is None else grad.stride()),
             1 / tau, (1 if mse else tau * tau) / pixels, (2 / tau if mse else tau) / pixels, expected,
             C=c, MSE=mse, LOSS=upstream is None, GRAD=grad is not None, FLAT=flat, BLOCK=block, num_warps=4,
+            enable_fp_fusion=False,
         )  # fmt: skip
         return None if loss is None else loss.sum()
 

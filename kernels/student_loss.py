@@ -291,11 +291,14 @@ def _launch(student, target, teacher, coteacher, grad, coef, ups, expected, tau,
     strides = [v for x in (student, teacher, coteacher) for v in ((0, 0, 0, 0) if x is None else x.stride())]
     pixels = n * h * w
     part = None if ups else student.new_empty((2, n * blocks), dtype=torch.float32)
+    # No fused multiply-add: it would round one product of `pc - qc` and not the other; equal logits would not
+    # give exactly 0, neither loss nor gradient.
     _student_kernel[(n * blocks,)](
         student, teacher, coteacher, target, grad, coef, *(ups or (None,) * 4), part, h * w, w, blocks, len(target),
         *strides, *target.stride(), *((0, 0, 0, 0) if grad is None else grad.stride()),
         ignore, 1 / tau, (1 if mse else tau * tau) / pixels, (2 / tau if mse else tau) / pixels, 1 / pixels, *expected,
         C=c, SQUARED=squared, MSE=mse, LOSS=ups is None, GRAD=grad is not None, FLAT=flat, BLOCK=block, num_warps=4,
+        enable_fp_fusion=False,
     )  # fmt: skip
     return None if ups else (part[0].sum(), part[1].sum())
 
@@ -321,11 +324,12 @@ class _StudentLoss(torch.autograd.Function):
             _sums_kernel[(programs,)](
                 student, target, sums, h * w, w, blocks, labeled_blocks, programs,
                 *student.stride(), *target.stride(), ignore,
-                C=c, SQUARED=squared, FLAT=flat, BLOCK=block, VEC=vec, num_warps=4,
+                C=c, SQUARED=squared, FLAT=flat, BLOCK=block, VEC=vec, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
             _finish_kernel[(1,)](
-                sums, dice, ce, coef, programs, smooth, C=c, FIRST=first, LANES=1024, num_warps=4
-            )
+                sums, dice, ce, coef, programs, smooth,
+                C=c, FIRST=first, LANES=1024, num_warps=4, enable_fp_fusion=False,
+            )  # fmt: skip
             expected = (0.0, 0.0, 0.0, 0.0) if ctx.grad is None else expected
             kd, co = _launch(student, target, teacher, coteacher, ctx.grad, coef, None, expected, *ctx.args)
         return dice, ce, kd, co

@@ -1,10 +1,12 @@
 """
-Every Triton kernel compiled ahead of time for sm_80 and sm_90, on any Linux machine: no spill, 16-byte loads.
+Every Triton kernel compiled ahead of time for sm_80 and sm_90, on any Linux machine: no spill, 16-byte loads,
+no fused multiply-add.
 
     pytest tests/test_kernels_aot.py
     python tests/test_kernels_aot.py            # the whole resource table, classes 2..16
 """
 
+import ast
 import importlib.util
 import itertools
 import json
@@ -68,7 +70,7 @@ def compile_call(kernel, args, kwargs, arch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    options = {"num_warps": kwargs.pop("num_warps")}
+    options = {k: kwargs.pop(k) for k in ("num_warps", "enable_fp_fusion")}
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     signature, constants, attrs = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
@@ -100,6 +102,7 @@ def resources(compiled):
     for key, op in (("loads", "ld"), ("stores", "st")):
         found = re.findall(rf"\b{op}\.global[.\w:]*?(?:\.v(\d))?\.[bsuf](\d+)\b", compiled.asm["ptx"])
         row[key] = dict(sorted(Counter(int(v or 1) * int(bits) // 8 for v, bits in found).items()))
+    row["fused"] = compiled.asm["ptx"].count("fma.rn.f32")  # those inside libdevice's log are fma.rn.ftz.f32
     row["moves"] = compiled.asm["ttgir"].count("ttg.convert_layout")
     return row
 
@@ -135,7 +138,7 @@ CASES += [(loss, "bf16", 4, 90, {"channels_last": True}) for loss in ("kl", "stu
 
 def spawn(cases, folder):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env |= {"TRITON_CACHE_DIR": str(folder), "TRITON_DEFAULT_FP_FUSION": "1"}
+    env |= {"TRITON_CACHE_DIR": str(folder)}
     command = [sys.executable, __file__, json.dumps(cases)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -170,6 +173,21 @@ def test_nothing_spills(rows):
     assert len(rows) > 70
     assert [r for r in rows if r["spill"]] == []
     assert max(r["registers"] for r in rows) <= 220  # of 255
+
+
+def test_nothing_is_fused(rows):
+    """With fusion `pc - qc` in softmax_kl is one fma, which rounds one of two equal products and not the other."""
+    assert [r for r in rows if r["fused"]] == []
+
+
+@pytest.mark.parametrize("name", ["softmax_kl", "dice_ce", "student_loss"])
+def test_every_launch_forbids_fusion(name):
+    """In the source: a launch that no case above records would go unseen."""
+    calls = [c for c in ast.walk(ast.parse((KERNELS / f"{name}.py").read_text())) if isinstance(c, ast.Call)]
+    launches = [c for c in calls if isinstance(c.func, ast.Subscript) and ast.unparse(c.func.value).endswith("_kernel")]
+    assert len(launches) == {"softmax_kl": 1, "dice_ce": 3, "student_loss": 3}[name]
+    for c in launches:
+        assert {k.arg: ast.unparse(k.value) for k in c.keywords}.get("enable_fp_fusion") == "False", ast.unparse(c)
 
 
 def test_layouts_agree(rows):
