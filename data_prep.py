@@ -60,6 +60,8 @@ SPLIT: dict[str, tuple[str, ...]] = {s: tuple(f"patient{n}" for n in ids.split()
 VOLUME, SLICE = r"patient\d{3}_frame\d\d", r"patient\d{3}_frame\d\d_slice_[1-9]\d{0,3}"  # names in the lists
 MAX_VOXELS = 2**28  # 1 GiB in float32; a cine of 256 x 256 x 10 x 30 has 2**24
 DEFLATE = 1100  # zlib shrinks 1032 times at most: a file that claims more than that lies
+NIFTI_STARTS = {n.to_bytes(4, order) for n in (348, 540) for order in ("little", "big")}  # the header's own length
+MAX_TAIL = 2**20  # bytes that a .nii.gz may hold behind its voxels
 
 
 class DataError(Exception):
@@ -95,8 +97,11 @@ def load_nifti(path):
     Raises DataError: unreadable, neither 3D nor 4D, not finite numbers, no spacing, or too large (told by the header,
     before anything is allocated).
     """
-    remedy = "fetch the file again"
+    remedy, zipped = "fetch the file again", str(path).lower().endswith(".gz")
     try:
+        with open(path, "rb") as f:
+            plain = zipped and f.read(4) in NIFTI_STARTS  # unpacked by a browser or a tool that kept the name
+        require(not plain, path, "not compressed", "rename it to .nii, or compress it with gzip")
         with nib.imageglobals.LoggingOutputSuppressor():
             image = nib.load(path)
             shape, dtype = image.shape, image.get_data_dtype()
@@ -104,7 +109,13 @@ def load_nifti(path):
             require(numbers, path, f"{dtype} of shape {shape} is not a 3D or 4D image", remedy)
             room = min(MAX_VOXELS, DEFLATE * os.path.getsize(path))
             require(math.prod(shape) <= room, path, f"the header claims {shape}, more than the file can hold", remedy)
-            array = np.asanyarray(image.dataobj).T
+            data = image.dataobj
+            with image.file_map["image"].get_prepare_fileobj("rb") as f:
+                spec = data.shape, data.dtype, data.offset, data.slope, data.inter
+                array = np.asanyarray(nib.arrayproxy.ArrayProxy(f.fobj, spec)).T
+                # nibabel stops behind the voxels, but gzip compares its checksum only at the end of the stream
+                ended = not zipped or len(f.read(MAX_TAIL + 1)) <= MAX_TAIL
+            require(ended, path, f"goes on for more than {MAX_TAIL} bytes behind its voxels", remedy)
             with (image.file_map.get("header") or image.file_map["image"]).get_prepare_fileobj("rb") as f:
                 header = type(image.header).from_fileobj(f, check=False)  # checked, a zoom of 0 would become 1 mm
         spacing = tuple(abs(float(z)) for z in header.get_zooms()[2::-1])

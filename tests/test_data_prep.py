@@ -349,6 +349,51 @@ def test_random_damage_to_a_nifti_header_ends_in_a_dataerror(raw):
     assert refused > 40
 
 
+def _small_nifti(path):
+    """A 3D image of noise, compressed -> (its array, the NIfTI's bytes)."""
+    array = np.random.default_rng(0).integers(0, 400, (12, 10, 4)).astype(np.int16)
+    data = nib.Nifti1Image(array, np.eye(4)).to_bytes()
+    path.write_bytes(gzip.compress(data, mtime=0))
+    return array.T, data
+
+
+def test_a_flipped_bit_in_a_compressed_image_is_refused_or_harmless(tmp_path):
+    path = tmp_path / "image.nii.gz"
+    expected, _ = _small_nifti(path)
+    good, rng, refused = path.read_bytes(), np.random.default_rng(1), 0
+    for bit in rng.choice(np.arange(80, 8 * len(good)), 60, replace=False):  # behind gzip's header of 10 bytes
+        bad = bytearray(good)
+        bad[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(bad)
+        try:
+            array = data_prep.load_nifti(path)[0]
+        except DataError as e:
+            one_error(f"{e}\n", path, "fetch the file again")
+            refused += 1
+        else:
+            np.testing.assert_array_equal(array, expected, f"bit {bit}")
+    assert refused > 50
+
+
+def test_what_follows_the_voxels_of_a_compressed_image_is_read_within_bounds(tmp_path):
+    path = tmp_path / "image.nii.gz"
+    expected, data = _small_nifti(path)
+    path.write_bytes(gzip.compress(data + bytes(data_prep.MAX_TAIL)))
+    np.testing.assert_array_equal(data_prep.load_nifti(path)[0], expected)
+    path.write_bytes(gzip.compress(data + bytes(data_prep.MAX_TAIL + 1)))
+    with pytest.raises(DataError, match=r"image\.nii\.gz: goes on for more than"):
+        data_prep.load_nifti(path)
+
+
+def test_an_uncompressed_image_named_gz_is_told_to_be_renamed(tmp_path):
+    path = tmp_path / "image.nii.gz"
+    expected, data = _small_nifti(path)
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"image\.nii\.gz: not compressed; rename it to \.nii"):
+        data_prep.load_nifti(path)
+    np.testing.assert_array_equal(data_prep.load_nifti(path.rename(tmp_path / "image.nii"))[0], expected)
+
+
 # --------------------------------------------------------------------------------------------------- disk, kills, locks
 
 
