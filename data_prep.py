@@ -99,9 +99,10 @@ def load_nifti(path):
     """
     remedy, zipped = "fetch the file again", str(path).lower().endswith(".gz")
     try:
-        with open(path, "rb") as f:
-            plain = zipped and f.read(4) in NIFTI_STARTS  # unpacked by a browser or a tool that kept the name
-        require(not plain, path, "not compressed", "rename it to .nii, or compress it with gzip")
+        if zipped and os.path.isfile(path):  # a pipe would be waited for
+            with open(path, "rb") as f:
+                plain = f.read(4) in NIFTI_STARTS  # unpacked by a browser or a tool that kept the name
+            require(not plain, path, "not compressed", "rename it to .nii, or compress it with gzip")
         with nib.imageglobals.LoggingOutputSuppressor():
             image = nib.load(path)
             shape, dtype = image.shape, image.get_data_dtype()

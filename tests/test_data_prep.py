@@ -375,6 +375,13 @@ def test_a_flipped_bit_in_a_compressed_image_is_refused_or_harmless(tmp_path):
     assert refused > 50
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_a_pipe_named_as_an_image_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "image.nii.gz")
+    with pytest.raises(DataError, match=r"image\.nii\.gz: cannot be read"):
+        data_prep.load_nifti(tmp_path / "image.nii.gz")
+
+
 def test_what_follows_the_voxels_of_a_compressed_image_is_read_within_bounds(tmp_path):
     path = tmp_path / "image.nii.gz"
     expected, data = _small_nifti(path)
