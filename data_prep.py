@@ -87,6 +87,28 @@ def one_line(error):
     return " ".join(str(error).split())[:160] or type(error).__name__
 
 
+def out_of_memory(error):
+    """Whether an allocator refused, of a GPU or not: torch also says so in a RuntimeError."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "alloc" in str(error).lower())
+
+
+def exit_code(prog, work, errors=(), interrupted="run it again to go on", memory="close other programs"):
+    """work() of a script -> its exit code (None: 0). A user's error (DataError, OSError and `errors`) and want of
+    memory are one line on stderr and 2, Ctrl-C one line and 130; `interrupted` and `memory` say what helps."""
+    try:
+        return work() or 0
+    except (DataError, OSError, *errors) as e:
+        text, code = " ".join(str(e).split()), 2
+    except KeyboardInterrupt:
+        text, code = f"interrupted; {interrupted}", 130
+    except (RuntimeError, MemoryError) as e:
+        if not out_of_memory(e):
+            raise
+        text, code = f"out of memory ({one_line(e)}); {memory}", 2
+    print(f"{prog}: {text}", file=sys.stderr)
+    return code
+
+
 # ------------------------------------------------------------------------------------------------------------------ raw
 
 
@@ -264,6 +286,14 @@ def read_volume(root, name):
     return Volume(name, image, label, attrs.get("spacing"), attrs.get("group"))
 
 
+def first_patients(names, k):
+    """Of slices or volumes by name, in their order: the first k patients, those of `--labeled k`. DataError where
+    there are fewer."""
+    patients = list(dict.fromkeys(name[:10] for name in names))
+    require(1 <= k <= len(patients), f"--labeled {k}", f"there are {len(patients)} training patients", "give 1 to that")
+    return patients[:k]
+
+
 def read_slices(root, names=None) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Training slices as (name, image (Y, X) float32, label (Y, X) uint8): `names`, or all of train_slices.list.
 
@@ -394,7 +424,7 @@ def is_temporary(path):
 
 
 @contextmanager
-def folder(path):
+def locked_folder(path):
     """A folder: made if absent, locked, rid of a killed process's temporary files, and not left behind empty."""
     made = [d for d in (path, *path.parents) if not d.exists()]
     try:
@@ -420,7 +450,7 @@ def workspace(out):
         return {p for name in names for top in out.glob(name) for p in (top, *top.rglob("*"))}
 
     try:
-        with folder(out):
+        with locked_folder(out):
             before = ours()
             for part in filter(is_temporary, before):  # a killed run's
                 part.unlink()

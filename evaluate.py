@@ -335,7 +335,8 @@ def evaluate_checkpoint(path, out, data=None, split="test", which=None, device="
             architecture=net.architecture, inference=inference, find_heart=find, largest_component=component,
             parameters=models.count_parameters(net), macs_per_slice=models.count_macs(net, inference["size"]),
             checkpoint_bytes=Path(path).stat().st_size,
-            ms_per_slice=1000 * sum(s for s, _ in timed) / sum(n for _, n in timed), device=_describe(device),
+            ms_per_slice=1000 * sum(s for s, _ in timed) / sum(n for _, n in timed),
+            device=models.describe_device(device),
             data=str(root), split=split, volumes=len(names), scored=len(cases),
             with_spacing=sum(bool(np.isfinite(r["volume_ml"])) for r in rows) // len(CLASSES),
             one_empty={c: int(sum(s["one_empty"][i] for s in cases)) for i, c in enumerate(CLASSES)},
@@ -360,8 +361,8 @@ def _names(root, split, labeled):
     names = data_prep.read_list(root, source)
     if split == "unlabeled":
         slices = data_prep.read_list(root, "train_slices", data_prep.SLICE)
-        patients = list(dict.fromkeys(n[:10] for n in slices))
-        names = [n for n in names if n[:10] not in patients[:labeled]] if type(labeled) is int else []
+        known = set(data_prep.first_patients(slices, labeled)) if type(labeled) is int else {n[:10] for n in names}
+        names = [n for n in names if n[:10] not in known]
         if not names:
             raise DataError(f"--split unlabeled: the checkpoint was trained with {labeled} labelled patients, so that "
                             f"none in {root}/train.list is known to be without; choose another --split")
@@ -610,11 +611,6 @@ def _write_csv(path, rows):
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
-def _describe(device):
-    device = torch.device(device)
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-
 def _title(index):
     return index.upper().replace("_", " ").replace("MYO MASS", "mass")
 
@@ -768,7 +764,7 @@ def main(argv=None):
             for name, seconds in time_inference(nets, inference, device).items():
                 print(f"{name:12} {100 * np.median(seconds):7.2f} ms per slice (fastest {100 * min(seconds):.2f}) "
                       f"{sum(seconds):7.2f} s per cine of 30 frames of 10 slices "
-                      f"({_describe('cpu' if name == 'onnxruntime' else device)}, window "
+                      f"({models.describe_device('cpu' if name == 'onnxruntime' else device)}, window "
                       f"{inference['size']})")
             return 0
         summary = evaluate_checkpoint(args.checkpoint, out, args.data, split, args.which, device, find, component)
@@ -778,7 +774,7 @@ def main(argv=None):
         print(f"evaluate.py: {text}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
-        if not models.out_of_memory(error):
+        if not data_prep.out_of_memory(error):
             raise
         print(f"evaluate.py: out of memory ({data_prep.one_line(error)}); --cpu may have more", file=sys.stderr)
         return 2

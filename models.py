@@ -12,6 +12,7 @@
 """
 import logging
 import os
+import platform
 import warnings
 from pathlib import Path
 
@@ -32,11 +33,6 @@ class DeviceError(Exception):
     """A device that this machine lacks: one line that says which exist."""
 
 
-def out_of_memory(error):
-    """Whether an allocator refused, of a GPU or not: torch also says so in a RuntimeError."""
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "alloc" in str(error).lower())
-
-
 def pick_device(gpu=None, cpu=False):
     """--gpu N and --cpu of a command line -> torch.device: without either the first CUDA device, if any. Raises
     DeviceError where there is no device N, or torch cannot compute on it."""
@@ -55,6 +51,14 @@ def pick_device(gpu=None, cpu=False):
                           f"({str(error).splitlines()[0]}); update its driver, install a torch built for this card, or "
                           "give --cpu") from None
     return device
+
+
+def describe_device(device):
+    """A name for tables: of the GPU, or of the CPU's kind with the threads in use."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 # ---------------------------------------------------------------------------------------------------------- network

@@ -165,10 +165,7 @@ class Slices:
         self.side = cfg.size + 64 if cfg.view == "heart" else cfg.size
         self.names = names = data_prep.read_list(cfg.data, "train_slices", data_prep.SLICE)
         data_prep.require(names, f"{cfg.data}/train_slices.list", "empty")
-        patients = list(dict.fromkeys(name[:10] for name in names))
-        if not 1 <= cfg.labeled <= len(patients):
-            raise UserError(f"--labeled {cfg.labeled}: {cfg.data} holds {len(patients)} training patients")
-        self.patients = patients[:cfg.labeled]
+        self.patients = data_prep.first_patients(names, cfg.labeled)
         self.n_labeled = sum(name[:10] in self.patients for name in names)
         names.sort(key=lambda name: name[:10] not in self.patients)                # stable; labelled first
         self.noise = torch.Generator(device)
@@ -329,9 +326,8 @@ def validate(net, volumes, inference):
 def describe(cfg, device, slices, nets):
     commit = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent, text=True,
                             capture_output=True).stdout.strip()                 # shell: nothing where git is absent
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else \
-        f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    return dict(config=asdict(cfg), command=shlex.join(["python", *sys.argv]), commit=commit or "unknown", device=name,
+    return dict(config=asdict(cfg), command=shlex.join(["python", *sys.argv]), commit=commit or "unknown",
+                device=models.describe_device(device),
                 versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
                               triton=getattr(sys.modules.get("triton"), "__version__", "")),
                 labeled_patients=slices.patients, labeled_slices=slices.n_labeled, slices=len(slices.names),
@@ -949,7 +945,7 @@ def main(argv=None):
         if "gpu" in given and dist.is_initialized():
             raise UserError(f"--gpu {given['gpu']}: torchrun gives each process one; choose by CUDA_VISIBLE_DEVICES")
         if folder is not None and rank == 0:
-            held.enter_context(data_prep.folder(Path(folder)))                                     # before it is read
+            held.enter_context(data_prep.locked_folder(Path(folder)))                 # before it is read
         cfg, resume = resolve(given)
         if demo and rank == 0 and not (Path(cfg.data) / "manifest.json").exists() and \
                 (code := data_prep.main(["--phantom", cfg.data])):
@@ -962,7 +958,7 @@ def main(argv=None):
             bench(cfg, steps, Path(__file__).parent / "results" / "step.csv")
             return 0
         if folder is None and rank == 0:
-            held.enter_context(data_prep.folder(Path(cfg.out)))
+            held.enter_context(data_prep.locked_folder(Path(cfg.out)))
         with held:
             run = train(cfg, resume)
         if dist.is_initialized():
@@ -977,7 +973,7 @@ def main(argv=None):
     except (RuntimeError, MemoryError, subprocess.CalledProcessError) as error:
         said = f"{type(error).__name__} {error}".lower()
         remedy = next((r for mark, r in REMEDIES.items() if mark in said), None)
-        if models.out_of_memory(error):
+        if data_prep.out_of_memory(error):
             remedy = remedy or "out of memory: a smaller --batch, --size or --teacher needs less"
         if remedy is None:                                                             # an illegal memory access, say
             raise
