@@ -13,7 +13,9 @@
 import logging
 import os
 import platform
+import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -255,6 +257,45 @@ def load_model(path, device="cpu", which=None):
         reason = str(error.args[0] if error.args else error).splitlines()[0]
         raise CheckpointError(f"{path}: holds no network to run ({reason}); give a best.pt of a run") from None
     return net.to(device, memory_format=torch.channels_last).eval(), checkpoint
+
+
+def load_last(run):
+    """A run's last.pt, or the checkpoint before it where last.pt is absent or damaged (then set aside as
+    last.pt.damaged). Raises CheckpointError where neither is the state of a run."""
+    def load(name):
+        content = load_checkpoint(run / name)
+        kinds = dict(networks=dict, optimizer=dict, config=dict, best=dict, scores=dict, step=int, seconds=float)
+        wrong = [k for k, kind in kinds.items() if type(content.get(k)) is not kind]
+        if wrong or content["step"] < 0:
+            raise CheckpointError(f"{run / name}: not the state of a run ({', '.join(wrong) or 'step'})")
+        return content
+
+    try:
+        return load("last.pt")
+    except CheckpointError as error:
+        if not (run / "previous.pt").exists():
+            raise
+        content = load("previous.pt")
+        with suppress(FileNotFoundError):               # or the next save would put it in place of the good previous.pt
+            os.replace(run / "last.pt", run / "last.pt.damaged")
+        print(f"{error}. Going on from previous.pt, step {content['step']}", file=sys.stderr)
+        return content
+
+
+def restore(checkpoint, nets, optimizer, run):
+    """The state of a run's networks {name: network} and, unless None, of their optimiser, from what load_last gave.
+    Raises CheckpointError where it does not fit."""
+    try:
+        for name, net in nets.items():
+            net.load_state_dict(checkpoint["networks"][name])
+        if optimizer:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            tensors = sum(len(group["params"]) for group in optimizer.param_groups)
+            if len(optimizer.state) != tensors:
+                raise ValueError(f"the optimiser's state is of {len(optimizer.state)} of {tensors} tensors")
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(f"--resume {run}: the checkpoint's state does not fit its config ({reason})") from None
 
 
 def export_onnx(net, path, metadata):

@@ -1,11 +1,15 @@
-"""Train the ACT-Net student from a few labelled patients: teacher, co-teacher and student in one run.
+"""Train a 0.48 M-parameter student from a few labelled patients and many without labels: one run, three stages.
 
-    L_seg = L_dice + L_ce                              labelled slices
-    L_kd  = distance(softmax(s / tau), softmax(t / tau))   teacher -> student, all slices          (Hete-KD)
-    L_co  = distance(softmax(s), softmax(c))               co-teacher -> student, other perturbation (Homo-KD);
-            or L_seg on hard labels of the co-teacher, and of a frozen teacher, where these are sure (default)
-    L_stu = L_seg + lambda_kd * L_kd + lambda_co * L_co
-    theta_c <- ema * theta_c + (1 - ema) * theta_s     after every step, batch-norm statistics too
+    L_seg = L_dice + L_ce                                    labelled slices
+    1. Teacher       T learns from L_seg alone; its best on val answers about every slice, once.
+    2. Student       S learns from L_seg alone; its best on val goes on.
+    3. Co-teaching   S learns from the labels, from T's answers t and from C, the moving average of its own weights:
+       L_kd  = distance(softmax(s / tau), softmax(t / tau))  teacher -> student, all slices            (Hete-KD)
+       L_co  = distance(softmax(s), softmax(c))              co-teacher -> student, other perturbation (Homo-KD);
+               by default L_seg on hard labels where the mean of c and t is sure
+       L_stu = L_seg + lambda_kd * L_kd + lambda_co * L_co
+       theta_c <- ema * theta_c + (1 - ema) * theta_s        after every step, batch-norm statistics too
+    With --teacher-along (--preset paper) there is stage 3 alone, and T trains in every step.
 
 Zhao, Zhu, Zeng, Veeravalli, Guan: "ACT-Net: Asymmetric Co-Teacher Network for Semi-supervised Memory-efficient Medical
 Image Segmentation", ICIP 2022, arXiv 2207.01900. Where this script departs from it: README, "Deviations".
@@ -15,12 +19,10 @@ Image Segmentation", ICIP 2022, arXiv 2207.01900. Where this script departs from
     python train_actnet.py --labeled 7 --cpu --preset cpu      # the same on two cores
     python train_actnet.py --resume runs/act-7-seed0
     torchrun --nproc_per_node=4 train_actnet.py --labeled 7    # the same batch, split over four GPUs
-    python train_actnet.py --gpu 0 --bench                     # time per step and its shares -> results/step.csv
 """
 import argparse
 import csv
 import hashlib
-import io
 import json
 import math
 import os
@@ -29,30 +31,42 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import augment
 import data_prep
+import distributed
 import evaluate
 import models
-from data_prep import DataError as UserError
+import phantom
+from data_prep import DataError
+from distributed import gather, world
 from kernels.dice_ce import dice_ce
 from kernels.student_loss import student_loss
-from models import UNet, count_parameters, load_checkpoint, pick_device, save_checkpoint, segment_volume
+from models import (
+    UNet,
+    count_parameters,
+    describe_device,
+    load_checkpoint,
+    load_model,
+    pick_device,
+    save_checkpoint,
+    segment_volume,
+)
 
 
 def flag(key):
@@ -72,15 +86,17 @@ class Config:
     gpu: int = option(-1, "CUDA device [the first, if any]", low=-1)
     cpu: bool = option(False, "train on the CPU")
     seed: int = option(0, "of weights, batches and augmentation", high=2**63 - 1)
-    iters: int = option(30000, "steps", low=1)
+    iters: int = option(30000, "steps of all stages", low=1)
+    stages: tuple = option((5, 15, 10), "their parts: teacher, student, co-teaching")
     minutes: float = option(0.0, "stop and save after so long; 0: never")
     val_every: int = option(500, "steps between validations and checkpoints", low=1)
     log_every: int = option(20, "steps between rows of log.csv", low=1)
     precision: str = option("auto", "auto: bf16 where the device computes in it", ("auto", "bf16", "fp32"))
     compile: bool = option(False, "torch.compile the networks; did not pay on a CPU")
     deterministic: bool = option(False, "only kernels that repeat bit for bit, slower on a GPU")
-    batch: int = option(24, "slices per step", group="data", low=1, high=2**16)
-    labeled_batch: int = option(12, "of these with labels", low=1)
+    batch: int = option(24, "slices of a co-teaching step", group="data", low=1, high=2**16)
+    labeled_batch: int = option(12, "of these with labels [half of --batch]", low=1)
+    sup_batch: int = option(24, "slices of a step on the labels alone", low=1, high=2**16)
     cache: str = option("auto", "where slices wait; auto: the first that fits", ("auto", "device", "ram", "disk"))
     size: int = option(160, "side of the training window, pixels", low=8, high=2048)
     view: str = option("heart", "heart: centre, native resolution; whole: slice squeezed", ("heart", "whole"))
@@ -90,11 +106,14 @@ class Config:
     network: str = option("student", "which is trained; teacher: sup, mt", ("student", "teacher"))
     teacher: tuple = option((6, 64), "depth and base width", low=1, high=4096)
     student: tuple = option((4, 16), "depth and base width", low=1, high=4096)
-    teacher_ckpt: str = option("", "best.pt of a teacher: frozen instead of trained along")
-    init: str = option("", "best.pt that the student starts from")
+    teacher_along: bool = option(False, "co-teaching alone, from random weights; the teacher trains in every step")
+    teacher_ckpt: tuple = option((), "best.pt of one or more teachers: no teacher stage")
+    init: str = option("", "best.pt that the student starts from: no student stage")
+    views: int = option(5, "turns over which a teacher's answer is averaged", low=1, high=99)
+    rounds: int = option(1, "parts of co-teaching; between them teacher and co-teacher answer anew", low=1)
     ema: float = option(0.99, "decay of the co-teacher", high=1)
     optimizer: str = option("adamw", "weight decay 0.05; or momentum 0.9, weight decay 1e-4", ("adamw", "sgd"))
-    lr: float = option(3e-3, "first learning rate; falls as (1 - step / iters) ** 0.9", low=1e-15, high=10)
+    lr: float = option(3e-3, "a stage's first; falls as (1 - step / steps) ** 0.9", low=1e-15, high=10)
     dice: str = option("linear", "p + y, foreground; p^2 + y^2, all classes", ("linear", "squared"), "losses")
     distill: str = option("kl", "distance of L_kd", ("kl", "mse"))
     tau: float = option(1.0, "temperature of L_kd", low=0.01, high=1000)
@@ -102,39 +121,87 @@ class Config:
     consistency: str = option("pseudo", "L_co: Dice + CE on hard labels; of probabilities", ("pseudo", "mse"))
     confidence: float = option(0.9, "pseudo: probability that a pixel needs to count", high=1)
     lambda_co: float = option(1.0, "weight of L_co", high=1000)
-    ramp: float = option(0.5, "part of the run over which both weights rise as exp(-5 (1 - t)^2)", high=1)
+    ramp: float = option(0.0, "part of co-teaching over which both weights rise as exp(-5 (1 - t)^2)", high=1)
 
     def __post_init__(self):
         """Each value of its default's type and within its bounds, from wherever it came: options or a checkpoint."""
         for f in fields(self):
-            name, value, low, high = flag(f.name), getattr(self, f.name), f.metadata["low"], f.metadata["high"]
-            parts, defaults = (v if isinstance(v, tuple) else (v,) for v in (value, f.default))
-            if [type(v) for v in parts] != [type(v) for v in defaults] or type(value) is not type(f.default):
-                raise UserError(f"{name} {value!r}: not of the kind of {f.default!r}")
-            if f.metadata["choices"] and value not in f.metadata["choices"]:
-                raise UserError(f"{name} {value!r}: choose from {', '.join(f.metadata['choices'])}")
-            if type(parts[0]) in (int, float) and not all(low <= v <= high for v in parts):        # NaN fails too
-                raise UserError(f"{name} {' '.join(map(str, parts))}: must lie between {low} and {high}")
+            check_value(f, getattr(self, f.name))
         if self.labeled_batch > self.batch:
-            raise UserError(f"--labeled-batch {self.labeled_batch}: must lie between 1 and --batch {self.batch}")
+            raise DataError(f"--labeled-batch {self.labeled_batch}: must lie between 1 and --batch {self.batch}")
         if self.network == "teacher" and self.method in ("kd", "act"):
-            raise UserError(f"--network teacher --method {self.method}: the teacher is trained alone, with sup or mt")
-        if self.teacher_ckpt and self.method not in ("kd", "act"):
-            raise UserError(f"--teacher-ckpt {self.teacher_ckpt}: --method {self.method} has no teacher; kd and act do")
+            raise DataError(f"--network teacher --method {self.method}: the teacher is trained alone, with sup or mt")
+        for key in ("teacher_ckpt", "teacher_along"):
+            if getattr(self, key) and self.method not in ("kd", "act"):
+                raise DataError(f"{flag(key)}: --method {self.method} has no teacher; kd and act do")
+        if self.teacher_ckpt and self.teacher_along:
+            raise DataError("--teacher-ckpt and --teacher-along: give one of them")
         for key in ("student", "teacher"):
             depth, base = getattr(self, key)
             if depth > 12 or base * 2**(depth - 1) > 4096:
-                raise UserError(f"--{key} {depth} {base}: wider than 4096 channels at its lowest level")
+                raise DataError(f"--{key} {depth} {base}: wider than 4096 channels at its lowest level")
+
+
+def check_value(f, value):
+    """A field of Config and a value for it: DataError where it is of another kind or out of bounds."""
+    parts = value if isinstance(value, tuple) else (value,)
+    kinds = f.default if isinstance(f.default, tuple) else (f.default,)
+    if f.default == ():                                                                      # any number of names
+        kinds = ("",) * len(parts)
+    shown = " ".join(map(str, parts))
+    if type(value) is not type(f.default) or [type(v) for v in parts] != [type(v) for v in kinds]:
+        raise DataError(f"{flag(f.name)} {shown!r}: not of the kind of {f.default!r}")
+    if f.metadata["choices"] and value not in f.metadata["choices"]:
+        raise DataError(f"{flag(f.name)} {shown!r}: choose from {', '.join(f.metadata['choices'])}")
+    low, high = f.metadata["low"], f.metadata["high"]
+    if parts and type(parts[0]) in (int, float) and not all(low <= v <= high for v in parts):           # NaN fails too
+        raise DataError(f"{flag(f.name)} {shown}: must lie between {low} and {high}")
 
 
 PRESETS = {
     "paper": dict(view="whole", size=256, batch=24, labeled_batch=12, iters=30000, optimizer="sgd", lr=0.01, ramp=0.2,
-                  dice="squared", distill="mse", tau=20.0, consistency="mse", cutmix=0.0, intensity=0.3),
-    "cpu": dict(size=128, batch=16, labeled_batch=8, iters=4000, teacher=(5, 16), val_every=250, log_every=10),
-    "demo": dict(data="data/phantom", labeled=3, size=96, batch=8, labeled_batch=4, iters=450, teacher=(4, 16),
-                 student=(4, 8), lr=0.01, ema=0.95, val_every=150, log_every=10),
+                  dice="squared", distill="mse", tau=20.0, consistency="mse", cutmix=0.0, intensity=0.3,
+                  teacher_along=True),
+    "cpu": dict(size=128, batch=16, labeled_batch=4, sup_batch=8, iters=21000, stages=(4000, 15000, 2000),
+                teacher=(5, 16), val_every=500, log_every=20),
+    "demo": dict(data="data/phantom", labeled=3, size=96, batch=8, labeled_batch=4, sup_batch=8, iters=450,
+                 stages=(1, 1, 1), teacher=(4, 16), student=(4, 8), lr=0.01, ema=0.95, val_every=150, log_every=10),
 }
 MAY_CHANGE = {"iters", "minutes", "gpu", "cpu", "out", "data", "table"}          # on --resume
+
+
+class Stage(NamedTuple):
+    number: int               # 1 teacher, 2 student, 3 co-teaching
+    start: int                # step of the run at which it begins
+    steps: int
+
+    @property
+    def end(self):
+        return self.start + self.steps
+
+
+def count_steps(cfg):
+    """--iters and --stages -> the steps of teacher, student and co-teaching; 0 where the method leaves one out."""
+    parts = list(cfg.stages)
+    if cfg.method not in ("kd", "act") or cfg.teacher_ckpt or cfg.teacher_along:
+        parts[0] = 0
+    if cfg.init or cfg.teacher_along:
+        parts[1] = 0
+    if cfg.method == "sup":
+        parts = [0, 1, 0]
+    elif cfg.teacher_along or not any(parts):
+        parts = [0, 0, 1]
+    steps = [max(1, cfg.iters * part // sum(parts)) if part else 0 for part in parts]
+    steps[steps.index(max(steps))] += cfg.iters - sum(steps)                    # what rounding left, or took too much
+    if any(part and n < 1 for part, n in zip(parts, steps, strict=True)):
+        raise DataError(f"--iters {cfg.iters}: fewer than one step for each of the stages")
+    return tuple(steps)
+
+
+def list_stages(cfg):
+    """-> the stages of a run whose --stages are steps, in order."""
+    starts = (0, cfg.stages[0], cfg.stages[0] + cfg.stages[1])
+    return [Stage(i + 1, starts[i], n) for i, n in enumerate(cfg.stages) if n]
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -146,10 +213,12 @@ def choose_cache(cache, device, need):
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**33
     memory /= world()[1]
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory
-    return "device" if need < free / 4 else "ram" if need < memory / 4 else "disk"
+    if need < free / 4:
+        return "device"
+    return "ram" if need < memory / 4 else "disk"
 
 
-def deaf(worker):
+def ignore_signals(worker):
     """SIGTERM and Ctrl-C are the parent's to handle: they may go to the whole process group."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -169,11 +238,12 @@ class Slices:
         self.n_labeled = sum(name[:10] in self.patients for name in names)
         names.sort(key=lambda name: name[:10] not in self.patients)                # stable; labelled first
         self.noise = torch.Generator(device)
-        self.cache = choose_cache(cfg.cache, device, 3 * len(names) * self.side**2)
+        self.cache = choose_cache(cfg.cache, device, 6 * len(names) * self.side**2)        # of these 3 are answers
         if self.cache != "disk":
             self.images, self.labels = self.read(range(len(names)))
         if self.cache == "device":
             self.images, self.labels = self.images.to(device), self.labels.to(device)
+        self.stage, self.answers = list_stages(cfg)[0], None
 
     def read(self, index):
         """-> images (n, 1, S, S) fp16 in 0..1 and labels (n, 1, S, S) uint8 from the files."""
@@ -195,118 +265,222 @@ class Slices:
         top, left = (h - self.side) // 2, (w - self.side) // 2
         return F.pad(x, (-left, self.side - w + left, -top, self.side - h + top), mode=pad_mode)
 
+    def keep_answers(self, folder):
+        """An empty place for the answers, (n, 3, S, S) uint8 of RV, MYO, LV, where --cache says."""
+        shape = len(self.names), 3, self.side, self.side
+        if self.cache == "disk":                                          # a file without a name: it goes with the run
+            file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+            self.answers = torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=shape))
+        else:
+            place = self.device if self.cache == "device" else "cpu"
+            self.answers = torch.zeros(shape, dtype=torch.uint8, device=place)
+
+    def parts(self):
+        """-> (first slice, slices, drawn a step) of each pool that the stage draws from."""
+        cfg, n_labeled, n_all = self.cfg, self.n_labeled, len(self.names)
+        if self.stage.number < 3:
+            return [(0, n_labeled, cfg.sup_batch)]
+        if n_labeled == n_all or cfg.labeled_batch == cfg.batch:
+            return [(0, n_labeled, cfg.batch)]
+        return [(0, n_labeled, cfg.labeled_batch), (n_labeled, n_all - n_labeled, cfg.batch - cfg.labeled_batch)]
+
     def indices(self, step):
-        """The step's slices, labelled first: passes over each pool, every pass in an order of its own."""
-        n_labeled, n_all, cfg = self.n_labeled, len(self.names), self.cfg
-        semi = cfg.method != "sup" and n_labeled < n_all and cfg.labeled_batch < cfg.batch
-        parts = [(0, n_labeled, cfg.labeled_batch if semi else cfg.batch)]
-        if semi:
-            parts.append((n_labeled, n_all - n_labeled, cfg.batch - cfg.labeled_batch))
-        drawn = []
+        """The step's slices, labelled first, and how many of them are: passes over each pool, every pass in an order
+        of its own."""
+        drawn, parts, local = [], self.parts(), step - self.stage.start
         for start, pool, n in parts:
-            passes = range(step * n // pool, (step * n + n - 1) // pool + 1)
-            order = np.concatenate([np.random.default_rng((cfg.seed, start, p)).permutation(pool) for p in passes])
-            drawn.append(start + order[step * n - passes[0] * pool:][:n])
+            passes = range(local * n // pool, (local * n + n - 1) // pool + 1)
+            order = [np.random.default_rng((self.cfg.seed, start, p)).permutation(pool) for p in passes]
+            first = local * n - passes[0] * pool
+            drawn.append(start + np.concatenate(order)[first:first + n])
         return np.concatenate(drawn), parts[0][2]
 
     def __getstate__(self):                                  # for a reader, which needs no GPU and opens none
         return {**self.__dict__, "noise": None}
 
     def __getitem__(self, step):
-        """-> images (B, 1, S, S), labels (L, 1, S, S) of its first L slices, both as they wait; or the error."""
+        """-> images (B, 1, S, S), labels (L, 1, S, S) of its first L slices, answers (B, 3, S, S) or None, as they
+        wait; or the error."""
         index, n_labeled = self.indices(step)
         if self.cache == "disk":
             try:
                 images, labels = self.read(index)
-            except UserError as error:                     # raised in a worker it would arrive with its traceback
+            except DataError as error:                     # raised in a worker it would arrive with its traceback
                 return error
-            return images, labels[:n_labeled]
-        index = torch.from_numpy(index).to(self.images.device, non_blocking=True)
-        return self.images[index], self.labels[index[:n_labeled]]
+            labels = labels[:n_labeled]
+            index = torch.from_numpy(index)
+        else:
+            index = torch.from_numpy(index).to(self.images.device, non_blocking=True)
+            images, labels = self.images[index], self.labels[index[:n_labeled]]
+        return images, labels, () if self.answers is None else self.answers[index]
 
     def batches(self, start, stop):
         """batch(step) of the steps start to stop, read ahead where the slices wait on disk."""
-        ahead = dict(num_workers=min(8, os.cpu_count() or 2), worker_init_fn=deaf) if self.cache == "disk" else {}
+        ahead = dict(num_workers=min(8, os.cpu_count() or 2), worker_init_fn=ignore_signals)
         pin = self.device.type == "cuda" and self.cache != "device"
-        loader = DataLoader(self, batch_size=None, sampler=range(start, stop), pin_memory=pin, **ahead)
+        loader = DataLoader(self, batch_size=None, sampler=range(start, stop), pin_memory=pin,
+                            **(ahead if self.cache == "disk" else {}))
         for step, raw in zip(range(start, stop), loader, strict=True):
             yield self.batch(step, raw)
 
     def batch(self, step, raw=None):
-        """-> x (B, 1, S, S) float in 0..1, y (L, S, S) uint8 of its first L slices, and the step's random source."""
+        """-> x (B, 1, S, S) float in 0..1, y (L, S, S) uint8 of its first L slices, t (B, C, S, S) the teacher's logits
+        or None, and the step's random source."""
         raw = self[step] if raw is None else raw
-        if isinstance(raw, UserError):
+        if isinstance(raw, DataError):
             raise raw
-        images, labels = (part.to(self.device, non_blocking=True).float() for part in raw)
-        rng = np.random.default_rng((self.cfg.seed, step))
+        images, labels, answers = raw
+        cfg, n, rng = self.cfg, len(images), np.random.default_rng((self.cfg.seed, step))
         self.noise.manual_seed(int(rng.integers(2**62)))
-        grid = self.geometry(len(images), rng)
-        x = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-        y = F.grid_sample(labels, grid[:len(labels)], mode="nearest", align_corners=False)
-        return x, y[:, 0].to(torch.uint8), rng
-
-    def put(self, array):
-        """numpy -> float on the device."""
-        return torch.from_numpy(array).float().to(self.device, non_blocking=True)
-
-    def smooth(self, nodes, size):
-        """(n, C, K, K) numpy -> (n, C, size, size) float on the device: a field through these values."""
-        return F.interpolate(self.put(nodes), (size, size), mode="bicubic", align_corners=True)
-
-    def geometry(self, n, rng):
-        """-> grid_sample's grid (n, S, S, 2), float on the device: where the pixels of a window lie in their slice."""
-        size, side = self.cfg.size, self.side
-
-        def turn(angle):
-            return np.stack([np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)], 1).reshape(n, 2, 2)
-
-        if self.cfg.view == "whole":
-            linear = turn(rng.integers(4, size=n) * np.pi / 2)
-            linear[:, :, 0] *= rng.choice((-1, 1), (n, 1))
-            theta = self.put(np.concatenate([linear, np.zeros((n, 2, 1))], 2))                           # (n, 2, 3)
-            return F.affine_grid(theta, (n, 1, size, size), align_corners=False)
-        linear = turn(np.radians(rng.uniform(-60, 60, n)))                 # as hearts lie; 20 or 180 are worse on val
-        shift = rng.uniform(-1, 1, (n, 2, 1)) * size / 4 / side                           # an eighth of the window
-        linear *= np.exp(rng.uniform(-0.25, 0.25, (n, 1, 1))) * size / side
-        # Other hearts: stretched along one random axis and sheared, then bent by a pixel or two.
-        stretch, shear, zero = np.exp(rng.uniform(-0.15, 0.15, n)), rng.uniform(-0.2, 0.2, n), np.zeros(n)
-        axis = turn(rng.uniform(0, np.pi, n))
-        form = axis @ np.stack([stretch, shear, zero, 1 / stretch], 1).reshape(n, 2, 2) @ axis.transpose(0, 2, 1)
-        bend = rng.uniform(0, 1, (n, 1, 1, 1)) * rng.normal(0, 6 / side, (n, 2, 6, 6)) * (size / 128)
-        theta = torch.cat([self.put(linear) @ self.put(form), self.put(shift)], 2)                       # (n, 2, 3)
-        grid = F.affine_grid(theta, (n, 1, size, size), align_corners=False)
-        return grid + self.smooth(bend, size).permute(0, 2, 3, 1)
-
-    def perturb(self, x, rng, strength):
-        """Gamma, a coil's uneven field, mean 0 and deviation 1 per slice, blur or sharpening, contrast, brightness and
-        noise."""
-        strength *= self.cfg.intensity
-        gamma, contrast, brightness, sigma = self.put(strength * rng.uniform(-1, 1, (4, len(x), 1, 1, 1)))
-        x = models.standardize(x.clamp_min(1e-4) ** torch.exp(0.5 * gamma))
-        field = self.smooth(strength * rng.normal(0, 0.3, (len(x), 1, 4, 4)), x.shape[-1])
-        x = models.standardize((x - x.amin((2, 3), keepdim=True)) * torch.exp(field))
-        blur = self.put(strength * rng.uniform(-1, 1, (len(x), 1, 1, 1)))                        # below 0: sharper
-        x = x + blur * (F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1) - x)
-        noise = torch.randn(x.shape, device=self.device, generator=self.noise)
-        return x * torch.exp(0.3 * contrast) + 0.3 * brightness + 0.2 * sigma.abs() * noise
-
-    def boxes(self, n, rng):
-        """CutMix: mask (n, 1, S, S), true inside a box of a quarter to half of the side, in some slices."""
-        size = self.cfg.size
-        side = size * rng.uniform(0.25, 0.5, (n, 2)) * (rng.random((n, 1)) < self.cfg.cutmix)
-        low = rng.uniform(0, size - side)
-        edges = self.put(np.stack([low, low + side]))                                                     # (2, n, 2)
-        ticks = torch.arange(size, device=self.device)
-        inside = (ticks >= edges[0, :, :, None]) & (ticks < edges[1, :, :, None])                         # (n, 2, S)
-        return inside[:, None, 0, :, None] & inside[:, None, 1, None, :]
+        if cfg.view == "whole":
+            grid = augment.turns_and_flips(n, cfg.size, rng, self.device)
+        else:
+            grid = augment.heart_window(n, cfg.size, self.side, rng, self.device)
+        x = augment.warp(images.to(self.device, non_blocking=True).float(), grid)
+        labels = labels.to(self.device, non_blocking=True).float()
+        y = augment.warp(labels, grid[:len(labels)], "nearest", "zeros")[:, 0].to(torch.uint8)
+        if not len(answers):
+            return x, y, None, rng
+        heart = augment.warp(answers.to(self.device, non_blocking=True).float() / 255, grid, outside="zeros")
+        probs = torch.cat([1 - heart.sum(1, keepdim=True), heart], 1)                    # outside: background
+        return x, y, probs.clamp_min(1 / 510).log(), rng                       # a byte knows no less than half of 1/255
 
 
-# ---------------------------------------------------------------------------------------------------------- helpers
+@torch.no_grad()
+def ask(nets, images, views):
+    """What networks say of slices, each the one inference path, a mean over networks and turns of the slices.
+
+    nets: [(network, its inference settings)]. images (n, 1, S, S) float. -> (n, 3, S, S) uint8, probabilities of RV,
+    MYO and LV times 255; outside a network's window is background.
+    """
+    n, _, side, _ = images.shape
+    total = torch.zeros(n, 3, side, side, device=images.device)
+    for angle in np.radians(np.linspace(-30, 30, views) if views > 1 else np.zeros(1)):
+        there, back = (augment.put(augment.rotation(np.full(n, a)), images.device) for a in (angle, -angle))
+        there, back = (F.affine_grid(F.pad(a, (0, 1)), images.shape, align_corners=False) for a in (there, back))
+        seen = augment.warp(images, there) if angle else images
+        for net, inference in nets:
+            probs = segment_volume(net, seen[:, 0].cpu(), **inference, return_probs=True)[1]              # (n, C, S, S)
+            heart = torch.from_numpy(probs[:, 1:]).to(images.device)
+            total += augment.warp(heart, back, outside="zeros") if angle else heart
+    return (total / (views * len(nets)) * 255).round().to(torch.uint8)
+
+
+# ------------------------------------------------------------------------------------------------------------- step
+
+TERMS = ("loss", "dice", "ce", "kd", "co", "teacher")
+
 
 def bf16_pays(device):
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
+class ActNet:
+    """The networks of a stage, their optimiser, and one step of training.
+
+    nets: {"student" or "teacher", the learner: ..., "coteacher": its average, "teacher": one that trains along}; the
+    last two are not in every stage.
+    """
+
+    def __init__(self, cfg, device, stage, nets, noise):
+        self.cfg, self.device, self.stage, self.nets, self.noise = cfg, device, stage, nets, noise
+        self.learner = next(iter(nets))
+        self.along = self.learner != "teacher" and "teacher" in nets
+        bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and bf16_pays(device))
+        self.precision = "bf16" if bf16 else "fp32"
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+        if "coteacher" in nets:
+            states = [list(nets[name].state_dict().values()) for name in ("coteacher", self.learner)]
+            self.averaged, self.copied = ([[v for v in state if v.is_floating_point() == real] for state in states]
+                                          for real in (True, False))
+        trained = [self.learner] + ["teacher"] * self.along
+        parameters = [p for name in trained for p in nets[name].parameters()]
+        if cfg.optimizer == "adamw":
+            self.optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=0.05, fused=True)
+        else:
+            self.optimizer = torch.optim.SGD(parameters, lr=cfg.lr, momentum=0.9, weight_decay=1e-4, fused=True)
+        self.wrapped = dict(nets)                                               # what a step calls
+        if cfg.compile:                                       # static: the networks differ in their number of rows
+            self.wrapped = {name: torch.compile(net, dynamic=False) for name, net in nets.items()}
+        if world()[1] > 1:
+            self.wrapped |= {name: distributed.parallel(self.wrapped[name]) for name in trained}
+
+    def step(self, step, x, y, t, rng, mark=lambda part: None):
+        """One step on a batch of Slices -> TERMS (6,) float on the device. Waits for nothing; `mark` is told when a
+        part's work has been issued."""
+        cfg, n_labeled, local = self.cfg, len(y), step - self.stage.start
+        pseudo, rank, processes = cfg.consistency == "pseudo", *world()
+        coteacher, teacher = self.wrapped.get("coteacher"), self.wrapped["teacher"] if self.along else None
+        for group in self.optimizer.param_groups:
+            group["lr"] = cfg.lr * max(0, 1 - local / self.stage.steps) ** 0.9
+        ramp = math.exp(-5 * (1 - min(1, local / max(1, cfg.ramp * self.stage.steps))) ** 2) if cfg.ramp else 1.0
+
+        # One geometry for all networks, an intensity of its own for each: the students of this game see hard pictures,
+        # those who answer see mild ones. Of several processes each takes every world-th row.
+        def see(x, strength):
+            return augment.perturb(x, rng, self.noise, strength * cfg.intensity)
+        mine = slice(rank, None, processes)
+        boxes = augment.boxes(len(x) - n_labeled, cfg.size, cfg.cutmix, rng, self.device)
+        x_s = augment.mix(see(x, 1.0), boxes)[mine]
+        asked = x[n_labeled if pseudo else 0:]                               # hard labels only where there are none
+        x_c = see(asked, 0.25)[mine] if coteacher is not None and len(asked) else None
+        x_t = see(x[n_labeled:], 0.25)[mine] if self.along and len(x) > n_labeled else None
+        x_l = see(x[:n_labeled], 1.0)[mine] if self.along else None
+        mark("data")
+
+        c, t_seg, answered = None, None, t is not None
+        with self.autocast:
+            s = gather(self.wrapped[self.learner](x_s))                                     # (B, C, S, S) logits
+            mark("student")
+            if x_c is not None:
+                with torch.no_grad():
+                    c = augment.mix(gather(coteacher(x_c)), boxes)                          # (B or B - L, C, S, S)
+            mark("coteacher")
+            if self.along:
+                t_seg, t = self.teach(teacher, x_l, x_t)
+            t = augment.mix(t, boxes) if t is not None else None
+        mark("teacher")
+
+        dice_kind = dict(squared=cfg.dice == "squared", include_background=cfg.dice == "squared")
+        weights = 1.0, 1.0, ramp * cfg.lambda_kd, ramp * cfg.lambda_co
+        dice, ce, kd, co = student_loss(s, y, t, None if pseudo else c, tau=cfg.tau, distill=cfg.distill,
+                                        expected_grads=[processes * w for w in weights], **dice_kind)
+        if c is not None and pseudo:
+            answers = [c, t[n_labeled:]] if answered else [c]                    # a teacher trained along lags behind c
+            sure, hard = torch.stack([a.float().softmax(1) for a in answers]).mean(0).max(1)     # (B - L, H, W)
+            co = co + sum(dice_ce(s[n_labeled:], hard.masked_fill(sure < cfg.confidence, -100), **dice_kind))
+        loss = sum(w * term for w, term in zip(weights, (dice, ce, kd, co), strict=True))    # L_stu
+        teacher_seg = s.new_zeros(()) if t_seg is None else sum(dice_ce(t_seg, y, **dice_kind))        # its own L_seg
+        mark("loss")
+
+        self.optimizer.zero_grad(set_to_none=True)
+        (processes * (loss + teacher_seg)).backward()           # times W: each process holds its rows' share of a sum,
+        mark("backward")                                        # and DistributedDataParallel takes the mean
+        self.optimizer.step()
+        mark("optimizer")
+        if coteacher is not None:                      # a plain mean of the first steps, then the moving average
+            get_ema_multi_avg_fn(min(cfg.ema, local / (local + 1)))(*self.averaged, None)
+            torch._foreach_copy_(*self.copied)
+        mark("ema")
+        return torch.stack([v.detach().float() for v in (loss, dice, ce, kd, co, teacher_seg)])
+
+    def teach(self, teacher, x_l, x_t):
+        """A teacher that trains along: its logits of the labelled slices, to learn from, and of all, detached."""
+        answers = []
+        if x_t is not None:
+            self.nets["teacher"].eval()
+            with torch.no_grad():
+                answers = [gather(getattr(teacher, "module", teacher)(x_t))]                  # inside DDP, if it is
+        self.nets["teacher"].train()
+        t_seg = gather(teacher(x_l))
+        return t_seg, torch.cat([t_seg.detach(), *answers])
+
+
+# -------------------------------------------------------------------------------------------------------------- run
+
+COLUMNS = ("step", "stage", "seconds", "lr", "slices_per_s", *TERMS, "val_teacher", "val_student", "val_coteacher")
 
 
 def fingerprint(root):
@@ -318,20 +492,57 @@ def fingerprint(root):
     return sha.hexdigest()
 
 
-def validate(net, volumes, inference):
-    """Mean Dice over the volumes per class (RV, MYO, LV), on the native grid."""
-    return np.mean([evaluate.dice(segment_volume(net, v.image, **inference), v.label) for v in volumes], axis=0)
+def read_val(root):
+    """The volumes that choose the checkpoint, all with labels."""
+    volumes = [data_prep.read_volume(root, name) for name in data_prep.read_list(root, "val")]
+    data_prep.require(volumes, f"{root}/val.list", "empty, and the best checkpoint is chosen on val")
+    for v in volumes:
+        data_prep.require(v.label is not None, root, f"{v.name} of val.list holds no label")
+    return volumes
 
 
-def describe(cfg, device, slices, nets):
-    commit = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent, text=True,
-                            capture_output=True).stdout.strip()                 # shell: nothing where git is absent
-    return dict(config=asdict(cfg), command=shlex.join(["python", *sys.argv]), commit=commit or "unknown",
-                device=models.describe_device(device),
-                versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-                              triton=getattr(sys.modules.get("triton"), "__version__", "")),
-                labeled_patients=slices.patients, labeled_slices=slices.n_labeled, slices=len(slices.names),
-                parameters={k: count_parameters(n) for k, n in nets.items()})
+def prepare(cfg):
+    """The checks of a run before anything is written -> its device and slices."""
+    gpu = None if cfg.cpu else distributed.local_gpu()
+    device = pick_device(gpu if gpu is not None else None if cfg.gpu == -1 else cfg.gpu, cfg.cpu)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)                       # what has no tensor to go by: events, pinned memory, bf16?
+    stages = list_stages(cfg)
+    trained = {cfg.network} if stages[-1].number > 1 else set()
+    trained |= {"teacher"} if stages[0].number == 1 or cfg.teacher_along else set()
+    for key in sorted(trained):
+        depth, base = getattr(cfg, key)
+        if cfg.size < 2**depth:                                 # batch norm would meet a single pixel
+            raise DataError(f"--{key} {depth} {base}: needs --size {2**depth} at least, not {cfg.size}")
+    size = world()[1]
+    if cfg.batch % size or cfg.labeled_batch % size or cfg.sup_batch % size:
+        raise DataError(f"--batch {cfg.batch} --labeled-batch {cfg.labeled_batch} --sup-batch {cfg.sup_batch}: "
+                        f"{size} processes want multiples")
+    torch.backends.cudnn.benchmark = not cfg.deterministic
+    torch.backends.cudnn.allow_tf32 = False                            # fp32, validation's too, is fp32
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # warn_only: max-pooling's backward is called non-deterministic, but our windows do not overlap.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False          # NaN into each empty tensor: time only
+    return device, Slices(cfg, device)
+
+
+def load_teacher(path, cfg):
+    """-> (network, its inference settings), frozen. DataError where it is no teacher, or answers other questions."""
+    net, checkpoint = load_model(path)
+    config = checkpoint.get("config")
+    trained = config.get("network") if isinstance(config, dict) else "teacher"
+    if checkpoint["better"] != "teacher" and trained != "teacher":
+        raise DataError(f"--teacher-ckpt {path}: holds the student of its run, not a teacher; train one with "
+                        "--network teacher --method sup")
+    for key, wanted in (("in_channels", 1), ("num_classes", len(data_prep.CLASSES) + 1)):
+        if net.architecture[key] != wanted:
+            raise DataError(f"--teacher-ckpt {path}: {key} {net.architecture[key]}, the student's is {wanted}")
+    inference = {key: checkpoint["inference"][key] for key in ("size", "view")}
+    if inference["view"] != cfg.view:
+        raise DataError(f"--teacher-ckpt {path}: looks at the {inference['view']}, the run at the {cfg.view} (--view)")
+    return net.requires_grad_(False), inference
 
 
 def append_row(path, row):
@@ -346,509 +557,6 @@ def append_row(path, row):
         raise data_prep.refusal(path, error) from None
 
 
-def draw_curves(run):
-    from matplotlib.figure import Figure
-    rows = list(csv.DictReader((run / "log.csv").read_text().splitlines()))
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for axes, columns in ((left, ("dice", "ce", "kd", "co", "teacher")), (right, ("val_student", "val_coteacher"))):
-        for column in columns:
-            points = [(int(r["step"]), float(r[column])) for r in rows if float(r[column] or 0)]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=column, linewidth=1)
-        if axes.lines:
-            axes.legend()
-    left.set(xlabel="step", yscale="log", title="training losses")
-    right.set(xlabel="step", title="mean Dice on val")
-    png = io.BytesIO()
-    figure.savefig(png, dpi=90)
-    data_prep.write_atomic(run / "curves.png", png.getvalue())
-
-
-# ----------------------------------------------------------------------------------------------- several processes
-
-def world():
-    """(rank, number of processes): of torchrun, or of this process alone."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-class _Sum(torch.autograd.Function):
-    """Sum over the processes; so is the gradient's."""
-
-    @staticmethod
-    def forward(ctx, x):
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    backward = forward
-
-
-class GlobalBatchNorm(nn.BatchNorm2d):
-    """Batch norm over the batch of all processes; SyncBatchNorm wants a GPU, and waits for it in every layer."""
-
-    def forward(self, x):
-        if not self.training:
-            return super().forward(x)
-        f, n = x.float(), x.numel() / x.shape[1] * world()[1]
-        mean, square = _Sum.apply(torch.stack([f.sum((0, 2, 3)), f.square().sum((0, 2, 3))])) / n
-        var = (square - mean.square()).clamp_min(0)
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * n / (n - 1), self.momentum)
-            self.num_batches_tracked += 1
-        scale = self.weight * (var + self.eps).rsqrt()
-        return (f * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)
-
-
-def split(net):
-    """The network for one of several processes: batch norm and gradients over all of them."""
-    for module in net.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = GlobalBatchNorm
-    return DistributedDataParallel(net)
-
-
-def gather(logits):
-    """This process' rows, rank::world of the batch -> the whole batch; a gradient flows into its own rows only."""
-    rank, size = world()
-    if size == 1:
-        return logits
-    logits = logits.float().contiguous()
-    parts = [torch.empty_like(logits) for _ in range(size)]
-    dist.all_gather(parts, logits.detach())
-    parts[rank] = logits
-    return torch.stack(parts, 1).flatten(0, 1)                                    # (B / W, W, C, H, W) -> (B, C, H, W)
-
-
-# ------------------------------------------------------------------------------------------------------------- step
-
-TERMS = ("loss", "dice", "ce", "kd", "co", "teacher")
-
-
-class ActNet:
-    """The networks, their optimiser, and one step of training."""
-
-    def __init__(self, cfg, device, slices):
-        self.cfg, self.device, self.slices = cfg, device, slices
-        bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and bf16_pays(device))
-        self.precision = "bf16" if bf16 else "fp32"
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-        torch.manual_seed(cfg.seed)
-        layout = dict(memory_format=torch.channels_last)
-        student = UNet(*(cfg.student if cfg.network == "student" else cfg.teacher)).to(device, **layout)
-        if cfg.init:
-            weights = models.load_model(cfg.init, device)[0]
-            if weights.architecture != student.architecture:
-                raise UserError(f"--init {cfg.init}: holds {weights.architecture}, not {student.architecture}")
-            student.load_state_dict(weights.state_dict())
-        self.nets, trained = dict(student=student), dict(student=student)
-        if cfg.method in ("mt", "act"):
-            self.nets["coteacher"] = coteacher = deepcopy(student).eval().requires_grad_(False)
-            states = [list(net.state_dict().values()) for net in (coteacher, student)]
-            self.averaged, self.copied = ([[v for v in state if v.is_floating_point() == real] for state in states]
-                                          for real in (True, False))
-        if cfg.method in ("kd", "act") and cfg.teacher_ckpt:
-            teacher, kept = models.load_model(cfg.teacher_ckpt, device)
-            trained_as = kept["config"].get("network") if isinstance(kept.get("config"), dict) else None
-            if trained_as == "student":
-                raise UserError(f"--teacher-ckpt {cfg.teacher_ckpt}: holds the student of its run, not a teacher; "
-                                "train one with --network teacher --method sup")
-            self.nets["teacher"] = teacher.requires_grad_(False)
-            for key in ("in_channels", "num_classes"):
-                if teacher.architecture[key] != student.architecture[key]:
-                    raise UserError(f"--teacher-ckpt {cfg.teacher_ckpt}: {key} {teacher.architecture[key]}, "
-                                    f"the student's is {student.architecture[key]}")
-        elif cfg.method in ("kd", "act"):
-            self.nets["teacher"] = trained["teacher"] = UNet(*cfg.teacher).to(device, **layout)
-        parameters = [p for net in trained.values() for p in net.parameters()]
-        if cfg.optimizer == "adamw":
-            self.optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=0.05, fused=True)
-        else:
-            self.optimizer = torch.optim.SGD(parameters, lr=cfg.lr, momentum=0.9, weight_decay=1e-4, fused=True)
-        self.forward = dict(self.nets)
-        if cfg.compile:                                       # static: the networks differ in their number of rows
-            self.forward = {name: torch.compile(net, dynamic=False) for name, net in self.nets.items()}
-        if world()[1] > 1:
-            self.forward |= {name: split(self.forward[name]) for name in trained}
-
-    def step(self, step, x, y, rng, mark=lambda stage: None):
-        """One step on a batch of Slices -> TERMS (6,) float on the device. Waits for nothing; `mark` is told when a
-        stage's work has been issued."""
-        cfg, slices, n_labeled, n = self.cfg, self.slices, len(y), len(x)
-        student, coteacher, teacher = (self.forward.get(name) for name in ("student", "coteacher", "teacher"))
-        use_teacher, use_coteacher, frozen = teacher is not None, coteacher is not None, bool(cfg.teacher_ckpt)
-        for group in self.optimizer.param_groups:
-            group["lr"] = cfg.lr * max(0, 1 - step / cfg.iters) ** 0.9
-        ramp = math.exp(-5 * (1 - min(1, step / max(1, cfg.ramp * cfg.iters))) ** 2)
-
-        # One geometry for all three networks, an intensity of its own for each: the students of this game see hard
-        # pictures, those who answer see mild ones. Of several processes each takes every world-th row.
-        boxes = slices.boxes(n - n_labeled, rng)
-
-        def mix(a):                                        # (B, ...), or its unlabelled slices alone: CutMix of these
-            labeled, other = a.split([len(a) - len(boxes), len(boxes)])
-            return torch.cat([labeled, torch.where(boxes, other.roll(1, 0), other)])
-
-        mine = slice(world()[0], None, world()[1])
-        x_s = mix(slices.perturb(x, rng, 1.0))[mine]
-        seen = x[n_labeled if cfg.consistency == "pseudo" else 0:]            # what the co-teacher answers
-        x_c = slices.perturb(seen, rng, 0.25)[mine] if use_coteacher and len(seen) else None
-        asked = x[0 if frozen else n_labeled:]                                # what the teacher only answers
-        x_t = slices.perturb(asked, rng, 0.25)[mine] if use_teacher and len(asked) else None
-        x_l = slices.perturb(x[:n_labeled], rng, 1.0)[mine] if use_teacher and not frozen else None
-        mark("data")
-
-        t = c = t_seg = None
-        with self.autocast:
-            s = gather(student(x_s))                                                    # (B, C, S, S) logits
-            mark("student")
-            with torch.no_grad():
-                if x_c is not None:
-                    c = mix(gather(coteacher(x_c)))                                     # (B or B - L, C, S, S)
-                mark("coteacher")
-                if x_t is not None:
-                    self.nets["teacher"].eval()
-                    t = gather(getattr(teacher, "module", teacher)(x_t))      # inside DistributedDataParallel, if it is
-            if use_teacher and not frozen:
-                self.nets["teacher"].train()
-                t_seg = gather(teacher(x_l))
-                t = t_seg.detach() if t is None else torch.cat([t_seg.detach(), t])
-            t = mix(t) if use_teacher else None
-        mark("teacher")
-
-        form = dict(squared=cfg.dice == "squared", include_background=cfg.dice == "squared")         # of Dice
-        weights = 1.0, 1.0, ramp * cfg.lambda_kd, ramp * cfg.lambda_co
-        dice, ce, kd, co = student_loss(s, y, t, c if cfg.consistency == "mse" else None, tau=cfg.tau,
-                                        distill=cfg.distill, expected_grads=[world()[1] * w for w in weights], **form)
-        if c is not None and cfg.consistency == "pseudo":
-            answers = [c, t[n_labeled:]] if frozen else [c]                      # a teacher trained along lags behind c
-            sure, hard = torch.stack([a.float().softmax(1) for a in answers]).mean(0).max(1)     # (B - L, H, W)
-            co = co + sum(dice_ce(s[n_labeled:], hard.masked_fill(sure < cfg.confidence, -100), **form))
-        loss = sum(w * term for w, term in zip(weights, (dice, ce, kd, co), strict=True))    # L_stu
-        teacher_seg = s.new_zeros(()) if t_seg is None else sum(dice_ce(t_seg, y, **form))   # the teacher's L_seg
-        mark("loss")
-
-        self.optimizer.zero_grad(set_to_none=True)
-        (world()[1] * (loss + teacher_seg)).backward()          # times W: each process holds its rows' share of a sum,
-        mark("backward")                                        # and DistributedDataParallel takes the mean
-        self.optimizer.step()
-        mark("optimizer")
-        if use_coteacher:                              # a plain mean of the first steps, then the moving average
-            get_ema_multi_avg_fn(min(cfg.ema, step / (step + 1)))(*self.averaged, None)
-            torch._foreach_copy_(*self.copied)
-        mark("ema")
-        return torch.stack([v.detach().float() for v in (loss, dice, ce, kd, co, teacher_seg)])
-
-
-# ------------------------------------------------------------------------------------------------------------ train
-
-COLUMNS = ("step", "seconds", "lr", "slices_per_s", *TERMS, "val_student", "val_coteacher")
-
-
-def prepare(cfg):
-    """The checks of a run -> its device, slices and networks."""
-    local = dist.is_initialized() and torch.cuda.is_available() and not cfg.cpu  # torchrun: a GPU for each process
-    gpu = int(os.environ.get("LOCAL_RANK", world()[0])) if local else None if cfg.gpu == -1 else cfg.gpu
-    device = pick_device(gpu, cfg.cpu)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)                       # what has no tensor to go by: events, pinned memory, bf16?
-    trained = [cfg.network] + ["teacher"] * (cfg.method in ("kd", "act") and not cfg.teacher_ckpt)
-    for key, (depth, base) in ((key, getattr(cfg, key)) for key in trained):
-        if cfg.size < 2**depth:                                 # batch norm would meet a single pixel
-            raise UserError(f"--{key} {depth} {base}: needs --size {2**depth} at least, not {cfg.size}")
-    size = world()[1]
-    if cfg.batch % size or cfg.labeled_batch % size:
-        raise UserError(f"--batch {cfg.batch} --labeled-batch {cfg.labeled_batch}: {size} processes want multiples")
-    torch.backends.cudnn.benchmark = not cfg.deterministic
-    torch.backends.cudnn.allow_tf32 = False                            # fp32, validation's too, is fp32
-    if cfg.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        # warn_only: max-pooling's backward is called non-deterministic, but our windows do not overlap.
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False          # NaN into each empty tensor: time only
-    slices = Slices(cfg, device)
-    return device, slices, ActNet(cfg, device, slices)
-
-
-def train(cfg, resume=None):
-    """One run. Returns its folder."""
-    device, slices, act = prepare(replace(cfg, init="") if resume else cfg)          # its weights come from last.pt
-    nets, rank = act.nets, world()[0]
-    volumes = [data_prep.read_volume(cfg.data, name) for name in data_prep.read_list(cfg.data, "val")]
-    data_prep.require(volumes, f"{cfg.data}/val.list", "empty, and the best checkpoint is chosen on val")
-    for v in volumes:
-        data_prep.require(v.label is not None, cfg.data, f"{v.name} of val.list holds no label")
-    # A little more than was trained on: enough to hold every heart but the largest; far more costs a point of Dice.
-    inference = dict(view=cfg.view, size=cfg.size * 9 // 8 if cfg.view == "heart" else cfg.size)
-
-    run, start, trained_s, best = Path(cfg.out), 0, 0.0, dict(step=-1, score=-1.0)
-    digest = fingerprint(cfg.data)
-    if resume:
-        start, trained_s, best = resume["step"], resume["seconds"], resume["best"]
-        if start > cfg.iters or (start == cfg.iters and (run / "summary.json").exists()):
-            raise UserError(f"--resume {run}: is at step {start}; a larger --iters goes on")
-        if resume.get("data") != digest:
-            raise UserError(f"--data {cfg.data}: not the slices and volumes that {run} began with; give those")
-        try:
-            for name, net in nets.items():
-                net.load_state_dict(resume["networks"][name])
-            act.optimizer.load_state_dict(resume["optimizer"])
-            tensors = sum(len(group["params"]) for group in act.optimizer.param_groups)
-            if len(act.optimizer.state) != tensors:
-                raise ValueError(f"the optimiser's state is of {len(act.optimizer.state)} of {tensors} tensors")
-            del resume["networks"], resume["optimizer"]                                             # gigabytes, perhaps
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            reason = data_prep.one_line(error)
-            raise UserError(f"--resume {run}: the checkpoint's state does not fit its config ({reason})") from None
-    about = describe(cfg, device, slices, nets)                         # now: the code may change while it runs
-    if resume:
-        with suppress(OSError, ValueError, KeyError, TypeError):                            # damaged: the resume alone
-            about["command"] = f"{json.loads((run / 'config.json').read_bytes())['command']} && {about['command']}"
-    if rank == 0:
-        if not resume:
-            data_prep.write_atomic(run / "config.json", (json.dumps(about, indent=1) + "\n").encode())
-        (run / "summary.json").unlink(missing_ok=True)
-        keep_log_until(run / "log.csv", start)
-        sizes = ", ".join(f"{k} {count_parameters(n) / 1e6:.2f} M" for k, n in nets.items())
-        print(f"{run}: {cfg.method}, {len(slices.patients)} labelled patients ({slices.n_labeled} of "
-              f"{len(slices.names)} slices, cache {slices.cache}), {sizes}, {device}, {act.precision}", flush=True)
-
-    def save(step):
-        save_checkpoint(run / "last.pt", dict(
-            networks={k: n.state_dict() for k, n in nets.items()}, optimizer=act.optimizer.state_dict(), step=step,
-            seconds=trained_s, best=best, config=asdict(cfg), data=digest, architecture=nets["student"].architecture,
-            inference=inference, better="student"), previous=run / "previous.pt")
-
-    def refuse(step, problem):
-        names = " ".join(slices.names[i] for i in slices.indices(step)[0])
-        raise UserError(f"step {step}: {problem}; slices {names}; the checkpoint before it, if any, is in {run}; "
-                        "a lower --lr or --precision fp32 may help")
-
-    def finite(history, done):
-        """The steps' terms (steps, 6), of which none is NaN or infinite. Waits for the device."""
-        terms = torch.stack(history).cpu().numpy()
-        for step in np.flatnonzero(~np.isfinite(terms).all(1))[:1]:
-            refuse(done - len(terms) + int(step),
-                   ", ".join(f"{k} {v:.3g}" for k, v in zip(TERMS, terms[step], strict=True)))
-        return terms
-
-    history, began, marked, done = [], time.perf_counter(), (start, time.perf_counter()), start
-    with watched(cfg.iters, start) as (bar, stop):
-        for step, batch in enumerate(slices.batches(start, cfg.iters), start):
-            history.append(act.step(step, *batch))
-
-            done = step + 1
-            bar.update()
-            stopping = bool(stop) or 0 < 60 * cfg.minutes < time.perf_counter() - began
-            due = done % cfg.log_every == 0 or done % cfg.val_every == 0 or done == cfg.iters
-            if len(history) % 20 == 0 and not due:                   # found at most 20 steps late; due: looked at below
-                finite(history, done)
-            if device.type == "cpu" and done == start + 8 and rank == 0:
-                hours = (time.perf_counter() - began) / 8 * (cfg.iters - start) / 3600
-                advice = "; --preset cpu is smaller" if hours > 1 and cfg.teacher > PRESETS["cpu"]["teacher"] else ""
-                bar.write(f"about {60 * hours:.0f} minutes on this CPU{advice}")
-            if world()[1] > 1 and due:                                            # all stop, or none
-                votes = torch.tensor(float(stopping), device=device)
-                dist.all_reduce(votes)
-                stopping = votes.item() > 0
-            last = done == cfg.iters or (stopping and (due or world()[1] == 1))
-            if not (due or last):
-                continue
-
-            # Everything below waits for the device; above only the look at the terms, every 20 steps, does.
-            terms = finite(history, done)
-            saves = done % cfg.val_every == 0 or last
-            for name, net in nets.items() if saves else ():      # a loss may be finite and its gradient not
-                if not all(v.isfinite().all() for v in net.state_dict().values()):
-                    refuse(step, f"the {name}'s weights are no longer finite")
-            seconds, history = time.perf_counter() - marked[1], []
-            trained_s += seconds
-            row = dict(zip(TERMS, terms.mean(0).round(6), strict=True), step=done, seconds=round(trained_s, 1),
-                       lr=round(act.optimizer.param_groups[0]["lr"], 8),
-                       slices_per_s=round((done - marked[0]) * cfg.batch / seconds, 1))
-            if rank == 0:
-                if done % cfg.val_every == 0 or done == cfg.iters:
-                    val = {k: validate(net, volumes, inference) for k, net in nets.items() if k != "teacher"}
-                    row |= {f"val_{k}": round(float(v.mean()), 5) for k, v in val.items()}
-                    better = max(val, key=lambda k: val[k].mean())
-                    if val[better].mean() > best["score"]:
-                        best = dict(step=done, score=float(val[better].mean()), better=better,
-                                    val={k: v.tolist() for k, v in val.items()})
-                        save_checkpoint(run / "best.pt", dict(
-                            networks={k: nets[k].state_dict() for k in val}, architecture=nets["student"].architecture,
-                            inference=inference, better=better, step=done, val=best["val"], config=asdict(cfg)))
-                append_row(run / "log.csv", {column: row.get(column, "") for column in COLUMNS})
-                if saves:
-                    save(done)
-                    draw_curves(run)
-                val_text = f"best val {best['score']:.4f}, " if best["step"] > 0 else ""
-                bar.set_postfix_str(f"loss {row['loss']:.3f}, {val_text}{row['slices_per_s']:.0f} slices/s")
-            marked = done, time.perf_counter()
-            if last:
-                break
-    if rank == 0 and done < cfg.iters:
-        print(f"stopped at step {done} ({stop[0] if stop else '--minutes'}); "
-              f"go on with: python train_actnet.py --resume {shlex.quote(str(run))}")
-    elif rank == 0:
-        finish(cfg, act, about, volumes, inference, best, round(trained_s, 1))
-    return run
-
-
-def finish(cfg, act, about, volumes, inference, best, seconds):
-    """student.pt, the val scores of the last networks and the best on the screen, in summary.json and in --table."""
-    run = Path(cfg.out)
-    kept = load_checkpoint(run / "best.pt")                          # what to give away: one network, in fp16
-    half = {k: v.half() if v.is_floating_point() else v for k, v in kept["networks"][kept["better"]].items()}
-    save_checkpoint(run / "student.pt", {**kept, "networks": {kept["better"]: half}})
-    networks = {("last", cfg.iters, name): net for name, net in act.nets.items()}
-    for name in kept["val"]:
-        networks["best", kept["step"], name] = models.load_model(run / "best.pt", act.device, name)[0]
-    summary = dict(last={}, best=best, seconds=seconds)
-    print(f"{'on val, Dice':23}     RV     MYO      LV    mean   HD95 in voxels, mean")
-    for (when, step, name), net in networks.items():
-        cases = [evaluate.case_metrics(segment_volume(net, v.image, **inference), v.label) for v in volumes]
-        dice, hd95 = (evaluate.aggregate(cases)[metric] for metric in ("dice", "hd95_voxel"))
-        dice, hd95 = ({c: round(x["mean"], 4) for c, x in metric.items()} for metric in (dice, hd95))
-        print(f"{name:9} {when:4} {step:7} ", *(f"{x:7.4f}" for x in dice.values()), f"  {hd95['mean']:.2f}")
-        if when == "last":
-            summary["last"][name] = list(dice.values())[:-1]
-        if cfg.table:
-            append_row(Path(cfg.table), dict(
-                date=time.strftime("%Y-%m-%d"), commit=about["commit"], device=about["device"], seconds=seconds,
-                seed=cfg.seed, labeled=cfg.labeled, method=cfg.method, network=name, parameters=count_parameters(net),
-                when=when, step=step, **{f"dice_{c}": x for c, x in dice.items()},
-                **{f"hd95_{c}": x for c, x in hd95.items()}, command=about["command"]))
-    data_prep.write_atomic(run / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
-    print(f"kept: the {kept['better']} of step {kept['step']} in {run / 'best.pt'}, alone and in fp16 in student.pt; "
-          f"next: python evaluate.py {run / 'best.pt'} --data {cfg.data}")
-
-
-# ------------------------------------------------------------------------------------------------------------ bench
-
-def matrix_rate(device):
-    """FLOP/s of a large bf16 (or fp32, where that is faster) matrix product: the floor of a step's time."""
-    rates = []                                                 # bf16 without its instructions would take minutes
-    for dtype in (torch.float32, torch.bfloat16)[:1 + bf16_pays(device)]:
-        n = 8192 if device.type == "cuda" else 2048
-        a, b = torch.randn(2, n, n, device=device).to(dtype)
-        clock = Clock(device)
-        for _ in range(8):
-            a @ b
-            clock("product")
-        rates.append(2 * n**3 / np.median(clock.seconds()["product"][2:]))
-    return max(rates)
-
-
-class Clock:
-    """Seconds between marks by stage; CUDA events on a GPU, so that marking waits for nothing."""
-
-    def __init__(self, device):
-        self.cuda, self.marks = device.type == "cuda", []
-        self("")
-
-    def __call__(self, stage):
-        now = torch.cuda.Event(enable_timing=True) if self.cuda else time.perf_counter()
-        if self.cuda:
-            now.record()
-        self.marks.append((stage, now))
-
-    def seconds(self):
-        if self.cuda:
-            torch.cuda.synchronize()
-        spans = {}
-        for (_, a), (stage, b) in zip(self.marks, self.marks[1:], strict=False):
-            spans.setdefault(stage, []).append(a.elapsed_time(b) / 1000 if self.cuda else b - a)
-        return {stage: np.array(s) for stage, s in spans.items()}
-
-
-def flop(act):
-    """Arithmetic of a step, convolutions only: forward 1, forward and backward 3; two per multiply-accumulate."""
-    cfg, n, labeled = act.cfg, act.cfg.batch, act.slices.indices(0)[1]
-    passes = dict(student=3 * n, coteacher=n - labeled * (cfg.consistency == "pseudo"),
-                  teacher=n + 2 * labeled * (not cfg.teacher_ckpt))
-    return sum(2 * models.count_macs(net, cfg.size) * passes[name] for name, net in act.nets.items())
-
-
-def bench(cfg, steps, table):
-    """Time `steps` steps after a warm-up, print the shares and append a row to `table`."""
-    device, slices, act = prepare(cfg)
-    warm = 10 if device.type == "cuda" else 3
-    batches = slices.batches(0, warm + steps)
-    for step in range(warm):
-        act.step(step, *next(batches))
-    rate = matrix_rate(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    clock = Clock(device)
-    for step, batch in enumerate(batches, warm):
-        clock("data")
-        act.step(step, *batch, clock)
-    spans = clock.seconds()
-    spans["data"] = spans["data"].reshape(steps, 2).sum(1)                                # drawn, then perturbed
-    total = sum(spans.values())
-    p20, p50, p80 = 1000 * np.quantile(total, (0.2, 0.5, 0.8))
-    peak = torch.cuda.max_memory_allocated(device) // 2**20 if device.type == "cuda" else ""
-    about = describe(cfg, device, slices, act.nets)
-    shapes = {k: "{} {}".format(*n.architecture.values()) for k, n in act.nets.items() if k != "coteacher"}
-    row = dict(
-        date=time.strftime("%Y-%m-%d"), commit=about["commit"], device=about["device"], processes=world()[1],
-        torch=torch.__version__, precision=act.precision, compile=cfg.compile, cache=slices.cache, view=cfg.view,
-        method=cfg.method, **{"teacher": "", "student": "", **shapes}, size=cfg.size, batch=cfg.batch, steps=steps,
-        ms_p20=p20, ms_p50=p50, ms_p80=p80, slices_per_s=1000 * cfg.batch / p50,
-        **{f"{stage}_percent": 100 * s.sum() / total.sum() for stage, s in spans.items()},
-        gflop=flop(act) / 1e9, matrix_tflops=rate / 1e12,                                  # the latter of one device
-        floor_percent=1e5 * flop(act) / world()[1] / rate / p50, peak_mb=peak)
-    row = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
-    if world()[0] == 0:
-        append_row(table, row)
-        print("\n".join(f"{k:18} {v}" for k, v in row.items()))
-
-
-# ---------------------------------------------------------------------------------------------------------- run folder
-
-@contextmanager
-def watched(total, start):
-    """-> (progress bar, list of the signals that asked to stop); a second one stops at once, without saving."""
-    stop = []
-
-    def on_signal(number, frame):
-        if stop:
-            raise KeyboardInterrupt
-        stop.append(signal.Signals(number).name)
-
-    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        with tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, disable=world()[0] > 0,
-                  mininterval=1 if sys.stderr.isatty() else 30) as bar:
-            yield bar, stop
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def load_last(run):
-    """last.pt, or the checkpoint before it where last.pt is absent or damaged (then set aside as last.pt.damaged)."""
-    def load(name):
-        content = load_checkpoint(run / name)
-        kinds = dict(networks=dict, optimizer=dict, config=dict, best=dict, step=int, seconds=float)
-        wrong = [k for k, kind in kinds.items() if type(content.get(k)) is not kind]
-        if wrong or content["step"] < 0:
-            raise models.CheckpointError(f"{run / name}: not the state of a run ({', '.join(wrong) or 'step'})")
-        return content
-
-    try:
-        return load("last.pt")
-    except models.CheckpointError as error:
-        if not (run / "previous.pt").exists():
-            raise
-        content = load("previous.pt")
-        with suppress(FileNotFoundError):               # or the next save would put it in place of the good previous.pt
-            os.replace(run / "last.pt", run / "last.pt.damaged")
-        print(f"{error}. Going on from previous.pt, step {content['step']}", file=sys.stderr)
-        return content
-
-
 def keep_log_until(path, step):
     """Drop the rows past the checkpoint that the run resumes from, and whatever is not a row."""
     def whole(row):
@@ -860,6 +568,336 @@ def keep_log_until(path, step):
     data_prep.write_atomic(path, "\n".join([",".join(COLUMNS), *filter(whole, rows), ""]).encode())
 
 
+@contextmanager
+def heed_signals():
+    """-> list of the signals that asked to stop; a second one stops at once, without saving."""
+    asked = []
+
+    def on_signal(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(signal.Signals(number).name)
+
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+class Run:
+    """What the stages of a run share: slices and val, the folder and its files, the clock, the best on val."""
+
+    def __init__(self, cfg, resume):
+        self.cfg, self.resume, self.folder, self.main = cfg, resume, Path(cfg.out), world()[0] == 0
+        self.stages = list_stages(cfg)
+        self.device, self.slices = prepare(cfg)
+        self.volumes = read_val(cfg.data)
+        # A little more than was trained on: enough to hold every heart but the largest; far more costs a point of Dice.
+        self.inference = dict(view=cfg.view, size=cfg.size * 9 // 8 if cfg.view == "heart" else cfg.size)
+        self.digest = fingerprint(cfg.data)
+        self.done, self.seconds, self.best = 0, 0.0, {}            # best: of "teacher" and of the learner, as kept
+        if resume:
+            self.done, self.seconds, self.best = resume["step"], resume["seconds"], resume["best"]
+            if self.done > cfg.iters or (self.done == cfg.iters and (self.folder / "summary.json").exists()):
+                raise DataError(f"--resume {cfg.out}: is at step {self.done}; a larger --iters goes on")
+            if resume.get("data") != self.digest:
+                raise DataError(f"--data {cfg.data}: not the slices and volumes that {cfg.out} began with; give those")
+        self.began, self.start_step, self.bar, self.asked = time.perf_counter(), self.done, None, []
+        self.scores = resume["scores"] if resume else {}                            # of the last validation
+        self.initial = load_model(cfg.init, self.device)[0] if cfg.init and not resume else None
+        if self.initial:
+            self.compare_architectures()
+        self.about = self.describe()                         # now: the code may change while it runs
+        given = [] if resume else [load_teacher(path, cfg) and Path(path) for path in cfg.teacher_ckpt]
+        if self.main:
+            self.open_folder(given)
+
+    def compare_architectures(self):
+        with torch.device("meta"):
+            wanted = UNet(*getattr(self.cfg, self.cfg.network)).architecture
+        if self.initial.architecture != wanted:
+            raise DataError(f"--init {self.cfg.init}: holds {self.initial.architecture}, not {wanted}")
+
+    def describe(self):
+        """What config.json tells of the run."""
+        commit = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent, text=True,
+                                capture_output=True).stdout.strip()             # shell: nothing where git is absent
+        about = dict(
+            config=asdict(self.cfg), command=shlex.join(["python", *sys.argv]), commit=commit or "unknown",
+            device=describe_device(self.device),
+            versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
+                          triton=getattr(sys.modules.get("triton"), "__version__", "")),
+            labeled_patients=self.slices.patients, labeled_slices=self.slices.n_labeled, slices=len(self.slices.names))
+        if self.resume:
+            with suppress(OSError, ValueError, KeyError, TypeError):                        # damaged: the resume alone
+                first = json.loads((self.folder / "config.json").read_bytes())["command"]
+                about["command"] = f"{first} && {about['command']}"
+        return about
+
+    def open_folder(self, teachers):
+        cfg = self.cfg
+        if not self.resume:
+            data_prep.write_atomic(self.folder / "config.json", (json.dumps(self.about, indent=1) + "\n").encode())
+            for i, path in enumerate(teachers):                          # a copy: what answers are made from is saved
+                name = f"teacher-{i + 1}.pt" if i else "teacher.pt"
+                data_prep.write_atomic(self.folder / name, path.read_bytes())
+        (self.folder / "summary.json").unlink(missing_ok=True)
+        keep_log_until(self.folder / "log.csv", self.done)
+        names = {1: "teacher", 2: cfg.network, 3: "co-teaching"}
+        steps = ", ".join(f"{names[s.number]} {s.steps}" for s in self.stages)
+        print(f"{cfg.out}: {cfg.method}, {len(self.slices.patients)} labelled patients ({self.slices.n_labeled} of "
+              f"{len(self.slices.names)} slices, cache {self.slices.cache}), steps: {steps}, {self.device}", flush=True)
+
+    # ---- the stages
+
+    def networks(self, stage):
+        """-> the stage's networks by name, the learner first, as they are at its first step."""
+        cfg, layout = self.cfg, dict(memory_format=torch.channels_last)
+        torch.manual_seed(cfg.seed)
+        if stage.number == 1:
+            return dict(teacher=UNet(*cfg.teacher).to(self.device, **layout))
+        learner = UNet(*getattr(cfg, cfg.network)).to(self.device, **layout)
+        if stage.number == 3 and any(s.number == 2 for s in self.stages):                # goes on from its best on val
+            learner.load_state_dict(load_model(self.folder / "best.pt")[0].state_dict())
+        elif self.initial:
+            learner.load_state_dict(self.initial.state_dict())
+        nets = {cfg.network: learner}
+        if stage.number == 3 and cfg.method in ("mt", "act"):
+            nets["coteacher"] = deepcopy(learner).eval().requires_grad_(False)
+        if cfg.teacher_along:
+            nets["teacher"] = UNet(*cfg.teacher).to(self.device, **layout)
+        return nets
+
+    def learn(self, stage):
+        """The steps of a stage, from the run's step on. Returns whether it came to its end."""
+        distributed.barrier()                                                # what the first process wrote is there
+        nets = self.networks(stage)
+        actnet = ActNet(self.cfg, self.device, stage, nets, self.slices.noise)
+        if self.resume and (self.done > stage.start or self.done == 0):                  # otherwise it begins here
+            models.restore(self.resume, nets, actnet.optimizer if self.done else None, self.cfg.out)
+        self.resume = None                                                                # gigabytes, perhaps
+        self.slices.stage, self.slices.answers = stage, None
+        cuts = [stage.start, stage.end]
+        if stage.number == 3:
+            cuts = [stage.start + stage.steps * i // self.cfg.rounds for i in range(self.cfg.rounds + 1)]
+        for begin, end in pairwise(cuts):
+            if self.done >= end:
+                continue
+            if self.wants_answers(stage) and not self.collect_answers(actnet, begin):
+                return False
+            if not self.train_until(actnet, end):
+                return False
+        return True
+
+    def wants_answers(self, stage):
+        return stage.number == 3 and self.cfg.method in ("kd", "act") and not self.cfg.teacher_along
+
+    def collect_answers(self, actnet, begin):
+        """Ask the teachers, from the second round on with the co-teacher, about every slice. Returns False where the
+        run was asked to stop."""
+        cfg, slices, renewal = self.cfg, self.slices, self.folder / "renewal.pt"
+        if self.main and self.done == begin:
+            self.save(actnet)                                                        # so that a stop here loses nothing
+        nets = [load_teacher(path, cfg) for path in sorted(self.folder.glob("teacher*.pt"))]
+        if begin > actnet.stage.start and "coteacher" in actnet.nets:
+            if self.main and self.done == begin:
+                save_checkpoint(renewal, self.content({"coteacher": actnet.nets["coteacher"]}))
+            distributed.barrier()
+            nets.append((load_model(renewal)[0], self.inference))
+        nets = [(n.to(self.device, memory_format=torch.channels_last), inference) for n, inference in nets]
+        slices.keep_answers(self.folder)
+        for i in range(0, len(slices.names), 16):
+            if self.stopping():
+                return False
+            index = range(i, min(i + 16, len(slices.names)))
+            images = slices.read(index)[0] if slices.cache == "disk" else slices.images[i:i + 16]
+            with actnet.autocast:
+                answers = ask(nets, images.to(self.device).float(), cfg.views)
+            slices.answers[i:i + 16] = answers.to(slices.answers.device)
+            self.bar.set_postfix_str(f"answers {index.stop} of {len(slices.names)}")
+        return True
+
+    def stopping(self):
+        """Whether a signal, --minutes or one of the other processes asks to stop."""
+        late = 0 < 60 * self.cfg.minutes < time.perf_counter() - self.began
+        return distributed.any_of(bool(self.asked) or late, self.device) if world()[1] > 1 else bool(self.asked) or late
+
+    def train_until(self, actnet, end):
+        """Steps of the stage up to `end`. Returns False where the run was asked to stop, and has saved."""
+        cfg, stage, history, alone = self.cfg, actnet.stage, [], world()[1] == 1
+        cost, marked = step_cost(cfg, stage), (self.done, time.perf_counter())
+        for step, batch in enumerate(self.slices.batches(self.done, end), self.done):
+            history.append(actnet.step(step, *batch))
+            self.done = step + 1
+            self.bar.update(cost)
+            self.estimate()
+            due = self.done % cfg.log_every == 0 or self.done % cfg.val_every == 0 or self.done == end
+            if len(history) % 20 == 0 and not due:                   # found at most 20 steps late; due: looked at below
+                self.finite(history)
+            stop = self.stopping() if alone or due else False
+            if not (due or stop):
+                continue
+
+            # Everything below waits for the device; above only the look at the terms, every 20 steps, does.
+            terms, history = self.finite(history), []
+            seconds = time.perf_counter() - marked[1]
+            self.seconds += seconds
+            slices = (self.done - marked[0]) * (cfg.sup_batch if stage.number < 3 else cfg.batch)
+            row = dict(zip(TERMS, terms.mean(0).round(6), strict=True), step=self.done, stage=stage.number,
+                       seconds=round(self.seconds, 1), lr=round(actnet.optimizer.param_groups[0]["lr"], 8),
+                       slices_per_s=round(slices / seconds, 1))
+            saves = self.done % cfg.val_every == 0 or self.done == end or stop
+            if saves:
+                self.refuse_infinite(actnet, step)
+            if self.main:
+                if self.done % cfg.val_every == 0 or self.done == end:
+                    row |= self.validate(actnet)
+                append_row(self.folder / "log.csv", {column: row.get(column, "") for column in COLUMNS})
+                if saves:
+                    self.save(actnet)
+                    evaluate.draw_curves(self.folder / "log.csv", self.folder / "curves.png")
+                self.tell(actnet, row)
+            if stop and self.done < cfg.iters:
+                return False
+            marked = self.done, time.perf_counter()
+        return True
+
+    # ---- looking at it
+
+    def finite(self, history):
+        """The last steps' terms (steps, 6), of which none is NaN or infinite. Waits for the device."""
+        terms = torch.stack(history).cpu().numpy()
+        for i in np.flatnonzero(~np.isfinite(terms).all(1))[:1]:
+            said = ", ".join(f"{k} {v:.3g}" for k, v in zip(TERMS, terms[i], strict=True))
+            self.refuse(self.done - len(terms) + int(i), said)
+        return terms
+
+    def refuse_infinite(self, actnet, step):
+        for name, network in actnet.nets.items():                     # a loss may be finite and its gradient not
+            if not all(v.isfinite().all() for v in network.state_dict().values()):
+                self.refuse(step, f"the {name}'s weights are no longer finite")
+
+    def refuse(self, step, problem):
+        names = " ".join(self.slices.names[i] for i in self.slices.indices(step)[0])
+        raise DataError(f"step {step}: {problem}; slices {names}; the checkpoint before it, if any, is in "
+                        f"{self.folder}; a lower --lr or --precision fp32 may help")
+
+    def estimate(self):
+        """On a CPU: how long it will take, before the wait begins."""
+        if self.device.type != "cpu" or self.done != self.start_step + 8 or not self.main:
+            return
+        left = (self.bar.total - self.bar.n) / (self.bar.n - self.bar.initial)
+        minutes = left * (time.perf_counter() - self.began) / 60
+        smaller = minutes > 60 and self.cfg.teacher > PRESETS["cpu"]["teacher"]
+        self.bar.write(f"about {minutes:.0f} minutes on this CPU{'; --preset cpu is smaller' if smaller else ''}")
+
+    def tell(self, actnet, row):
+        best = self.best.get(actnet.learner)
+        val = f", best val {best['score']:.4f}" if best else ""
+        self.bar.set_postfix_str(f"stage {row['stage']}, step {row['step']}, loss {row['loss']:.3f}{val}, "
+                                 f"{row['slices_per_s']:.0f} slices/s")
+
+    def validate(self, actnet):
+        """Score the stage's networks on val, keep the best -> the row's columns."""
+        ended = self.done == self.cfg.iters
+        names = [name for name in actnet.nets if name != "teacher" or actnet.learner == "teacher" or ended]
+        self.scores = {name: evaluate.validate(actnet.nets[name], self.volumes, self.inference) for name in names}
+        if actnet.along and ended:
+            names.remove("teacher")                                                                 # told, never kept
+        better = max(names, key=lambda name: np.mean(self.scores[name]["dice"]))
+        score = float(np.mean(self.scores[better]["dice"]))
+        if score > self.best.get(actnet.learner, {}).get("score", -1.0):
+            best = dict(step=self.done, score=score, better=better, scores={name: self.scores[name] for name in names})
+            self.best[actnet.learner] = best
+            file = "teacher.pt" if actnet.stage.number == 1 else "best.pt"
+            save_checkpoint(self.folder / file, self.content({name: actnet.nets[name] for name in names}) | dict(
+                better=better, val={name: self.scores[name]["dice"] for name in names}))
+        return {f"val_{name}": round(float(np.mean(self.scores[name]["dice"])), 5) for name in names}
+
+    def content(self, nets):
+        """What every checkpoint of the run holds."""
+        first = next(iter(nets))
+        return dict(networks={name: net.state_dict() for name, net in nets.items()}, better=first, step=self.done,
+                    architecture=nets[first].architecture, inference=self.inference, config=asdict(self.cfg))
+
+    def save(self, actnet):
+        save_checkpoint(self.folder / "last.pt", self.content(actnet.nets) | dict(
+            optimizer=actnet.optimizer.state_dict(), seconds=self.seconds, best=self.best, scores=self.scores,
+            data=self.digest), previous=self.folder / "previous.pt")
+
+    def finish(self):
+        """student.pt; the val scores of the last networks and of the best: on the screen, summary.json, --table."""
+        cfg, best = self.cfg, self.best[self.cfg.network]
+        kept = load_checkpoint(self.folder / "best.pt")                  # what to give away: one network, in fp16
+        half = {k: v.half() if v.is_floating_point() else v for k, v in kept["networks"][best["better"]].items()}
+        small = self.folder / f"{cfg.network}.pt"
+        save_checkpoint(small, {**kept, "networks": {best["better"]: half}})
+        rows = [(name, "last", self.done, scores) for name, scores in self.scores.items()]
+        rows += [(name, "best", kind["step"], scores) for kind in self.best.values()
+                 for name, scores in kind["scores"].items()]
+        print(evaluate.validation_table(rows))
+        for name, when, step, scores in rows if cfg.table else ():
+            append_row(Path(cfg.table), self.table_row(name, when, step, scores))
+        summary = dict(last={name: scores["dice"] for name, scores in self.scores.items()}, best=best,
+                       teacher=self.best.get("teacher"), seconds=round(self.seconds, 1))
+        data_prep.write_atomic(self.folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+        print(f"kept: the {best['better']} of step {best['step']} in {self.folder / 'best.pt'}, alone and in fp16 in "
+              f"{small.name}; next: python evaluate.py {self.folder / 'best.pt'} --data {cfg.data}")
+
+    def table_row(self, name, when, step, scores):
+        """A row of --table: val scores of one network."""
+        cfg, about = self.cfg, self.about
+        key = "teacher" if name == "teacher" else cfg.network
+        columns = {f"{metric}_{c}": round(float(v), 4) for metric, values in
+                   (("dice", scores["dice"]), ("hd95", scores["hd95_voxel"]))
+                   for c, v in zip((*data_prep.CLASSES, "mean"), (*values, np.mean(values)), strict=True)}
+        with torch.device("meta"):
+            parameters = count_parameters(UNet(*getattr(cfg, key)))
+        return dict(date=time.strftime("%Y-%m-%d"), commit=about["commit"], device=about["device"],
+                    seconds=round(self.seconds, 1), seed=cfg.seed, labeled=cfg.labeled, method=cfg.method, network=name,
+                    parameters=parameters, when=when, step=step, **columns,
+                    command=about["command"])
+
+
+def step_cost(cfg, stage):
+    """GFLOP of a step: convolutions, two per multiply-accumulate; forward 1, forward and backward 3."""
+    def slice_cost(key):
+        with torch.device("meta"):
+            return 2 * models.count_macs(UNet(*getattr(cfg, key)), cfg.size) / 1e9
+    if stage.number == 1:
+        return 3 * cfg.sup_batch * slice_cost("teacher")
+    own, n, labeled = slice_cost(cfg.network), cfg.batch, cfg.labeled_batch
+    if stage.number == 2:
+        return 3 * cfg.sup_batch * own
+    cost = 3 * n * own
+    if cfg.method in ("mt", "act"):
+        cost += (n - labeled * (cfg.consistency == "pseudo")) * own
+    if cfg.teacher_along:
+        cost += (n + 2 * labeled) * slice_cost("teacher")
+    return cost
+
+
+def train(cfg, resume=None):
+    """One run: the teacher from the labels, the student from the labels, co-teaching. Returns its folder."""
+    run = Run(cfg, resume)
+    costs = [(stage, step_cost(cfg, stage)) for stage in run.stages]
+    past = sum(min(stage.steps, max(0, run.done - stage.start)) * cost for stage, cost in costs)
+    total = sum(stage.steps * cost for stage, cost in costs)
+    style = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"                    # by arithmetic, not by steps
+    with heed_signals() as run.asked, tqdm(
+            total=total, initial=past, dynamic_ncols=True, disable=not run.main, bar_format=style,
+            mininterval=1 if sys.stderr.isatty() else 30) as run.bar:
+        ended = all(run.learn(stage) for stage in run.stages if run.done < stage.end)
+    if run.main and not ended:
+        print(f"stopped at step {run.done} ({run.asked[0] if run.asked else '--minutes'}); "
+              f"go on with: python train_actnet.py --resume {shlex.quote(cfg.out)}")
+    elif run.main:
+        run.finish()
+    return run.folder
+
+
 # ------------------------------------------------------------------------------------------------------------- main
 
 def parse(argv):
@@ -869,57 +907,92 @@ def parse(argv):
     group = parser.add_argument_group("run")
     group.add_argument("-h", "--help", action="help", help="show this and exit")
     group.add_argument("--preset", choices=("paper", "cpu"),
-                       help="paper: the field's protocol, its distances; cpu: half an hour on two cores, bf16")
+                       help="paper: the field's protocol, the paper's distances and figure; cpu: made for two cores")
     group.add_argument("--demo", action="store_true", help="train and evaluate on synthetic hearts")
     group.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
-    group.add_argument("--bench", nargs="?", type=int, const=50, metavar="STEPS",
-                       help="time steps, append to results/step.csv [50]")
+    group.add_argument("--bench", action="store_true", help=argparse.SUPPRESS)
     for f in fields(Config):
         if f.metadata["group"] not in (None, "run"):
             group = parser.add_argument_group(f.metadata["group"])
-        kind = dict(action=argparse.BooleanOptionalAction) if f.name == "compile" else \
-            dict(action="store_true") if isinstance(f.default, bool) else \
-            dict(type=int, nargs=2, metavar=("DEPTH", "BASE")) if isinstance(f.default, tuple) else \
-            dict(type=type(f.default), choices=f.metadata["choices"],
-                 metavar={int: "N", float: "X"}.get(type(f.default)))
-        shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-        default = "" if f.default in ("", -1, False, 0.0) else f" [{shown}]"
-        group.add_argument(flag(f.name), help=f.metadata["help"] + default, **kind)
+        group.add_argument(flag(f.name), help=f.metadata["help"] + shown_default(f), **kind_of_option(f))
     blank, parser.format_help = parser.format_help, lambda: blank().replace("\n\n", "\n")      # it fits a screen
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
+    given = vars(parser.parse_args(argv))
+    if given.pop("bench", False):
+        parser.error("python -m tests.bench_step times a step")
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+
+
+def kind_of_option(f):
+    """A field of Config -> what argparse wants to know of its option."""
+    if f.name == "compile":
+        return dict(action=argparse.BooleanOptionalAction)
+    if isinstance(f.default, bool):
+        return dict(action="store_true")
+    if f.default == ():
+        return dict(nargs="+", metavar="FILE")
+    if isinstance(f.default, tuple):
+        names = ("DEPTH", "BASE") if len(f.default) == 2 else ("T", "S", "C")
+        return dict(type=int, nargs=len(names), metavar=names)
+    metavar = {int: "N", float: "X"}.get(type(f.default))
+    return dict(type=type(f.default), choices=f.metadata["choices"], metavar=metavar)
+
+
+def shown_default(f):
+    if f.default in ("", -1, False, 0.0, ()):
+        return ""
+    return f" [{' '.join(map(str, f.default)) if isinstance(f.default, tuple) else f.default}]"
 
 
 def resolve(given):
     """Command-line options -> (Config, checkpoint to resume from or None): defaults < preset < given."""
+    given = dict(given)
     preset, demo, folder = given.pop("preset", None), given.pop("demo", False), given.pop("resume", None)
     if demo and preset:
-        raise UserError("--demo and --preset: give one of them")
+        raise DataError("--demo and --preset: give one of them")
     if given.get("cpu") and "gpu" in given:
-        raise UserError("--cpu and --gpu: give one of them")
+        raise DataError("--cpu and --gpu: give one of them")
     if folder is not None:
-        resume = load_last(Path(folder))
-        unknown = resume["config"].keys() ^ {f.name for f in fields(Config)}
-        if unknown:
-            raise UserError(f"--resume {folder}: {sorted(map(str, unknown))[0]} of its config is not of this version")
-        saved = resume["config"]
-        changed = [k for k, v in given.items() if k not in MAY_CHANGE and saved[k] != v]
-        changed += ["preset"] * bool(preset) + ["demo"] * bool(demo) + ["out"] * (given.get("out", folder) != folder)
-        if changed:
-            raise UserError(f"--resume {folder}: {flag(changed[0])} may not change within a run")
-        saved.update({"cpu": False} if "gpu" in given else {"gpu": -1} if "cpu" in given else {})
-        return Config(**{**saved, **given, "out": folder}), resume
+        if preset or demo:
+            raise DataError(f"--resume {folder}: --{'preset' if preset else 'demo'} may not change within a run")
+        return resolve_resumed(given, folder)
     usual = PRESETS.get("demo" if demo else preset, {})
-    if "batch" in given and "labeled_batch" not in given:                     # the labelled share follows the batch
+    if "batch" in given:                                                     # the shares of a batch follow it
         share = Config(**usual)
-        given["labeled_batch"] = max(1, given["batch"] * share.labeled_batch // share.batch)
+        if given.get("method", share.method) == "sup":
+            given.setdefault("sup_batch", given["batch"])
+        for key in ("labeled_batch", "sup_batch"):
+            given.setdefault(key, max(1, given["batch"] * getattr(share, key) // share.batch))
     cfg = Config(**{**usual, **given})
+    cfg = replace(cfg, stages=count_steps(cfg))
     if not cfg.out:
         base = f"runs/{'demo-' if demo else ''}{cfg.method}-{cfg.labeled}-seed{cfg.seed}"
         names = [base] + [f"{base}-{i}" for i in range(2, 1000)]
         cfg = replace(cfg, out=next(name for name in names if not Path(name).exists()))
     elif any((Path(cfg.out) / name).exists() for name in ("last.pt", "previous.pt")):
-        raise UserError(f"--out {cfg.out}: holds a run already; --resume {cfg.out} goes on with it")
+        raise DataError(f"--out {cfg.out}: holds a run already; --resume {cfg.out} goes on with it")
     return cfg, None
+
+
+def resolve_resumed(given, folder):
+    """--resume FOLDER and what was given beside it -> (Config, its last checkpoint)."""
+    resume = models.load_last(Path(folder))
+    saved = resume["config"]
+    unknown = saved.keys() ^ {f.name for f in fields(Config)}
+    if unknown:
+        raise DataError(f"--resume {folder}: {sorted(map(str, unknown))[0]} of its config is not of this version")
+    changed = [k for k, v in given.items() if k not in MAY_CHANGE and saved[k] != v]
+    changed += ["out"] * (given.get("out", folder) != folder)
+    if changed:
+        raise DataError(f"--resume {folder}: {flag(changed[0])} may not change within a run")
+    where = {"cpu": False} if "gpu" in given else {"gpu": -1} if "cpu" in given else {}
+    before = Config(**saved)
+    cfg = replace(before, **{**where, **given, "out": folder})
+    last = list_stages(before)[-1] if sum(before.stages) == before.iters and any(before.stages) else None
+    if last is None or cfg.iters <= last.start:
+        raise DataError(f"--iters {cfg.iters}: must go beyond the start of the last stage")
+    steps = list(before.stages)
+    steps[last.number - 1] = cfg.iters - last.start                                     # more steps lengthen the last
+    return replace(cfg, stages=tuple(steps)), resume
 
 
 REMEDIES = {                                                      # by what an error of torch or triton says of itself
@@ -929,66 +1002,57 @@ REMEDIES = {                                                      # by what an e
 }
 
 
-def main(argv=None):
-    given = parse(argv)
-    demo, steps = given.get("demo"), given.pop("bench", None)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:                                             # started by torchrun
-        # Alone, nccl would also carry what is not on a GPU: the run's name, and everything of a run on CPUs.
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=1))                         # a validation's patience
-    rank, folder = world()[0], given.get("resume")
-    # Until the loop, which saves first, SIGTERM is what Ctrl-C is: one line, nothing left behind.
-    handler, held = signal.signal(signal.SIGTERM, signal.default_int_handler), ExitStack()
-    try:
-        if steps is not None and steps < 1:
-            raise UserError(f"--bench {steps}: give 1 or more")
-        if "gpu" in given and dist.is_initialized():
-            raise UserError(f"--gpu {given['gpu']}: torchrun gives each process one; choose by CUDA_VISIBLE_DEVICES")
+def run_once(given):
+    """What the command line asks for -> exit code."""
+    rank, folder, demo = world()[0], given.get("resume"), given.get("demo")
+    if "gpu" in given and world()[1] > 1:
+        raise DataError(f"--gpu {given['gpu']}: torchrun gives each process one; choose by CUDA_VISIBLE_DEVICES")
+    with ExitStack() as held:
         if folder is not None and rank == 0:
-            held.enter_context(data_prep.locked_folder(Path(folder)))                 # before it is read
+            held.enter_context(data_prep.locked_folder(Path(folder)))                           # before it is read
         cfg, resume = resolve(given)
-        if demo and rank == 0 and not (Path(cfg.data) / "manifest.json").exists() and \
-                (code := data_prep.main(["--phantom", cfg.data])):
+        made = not demo or rank > 0 or (Path(cfg.data) / "manifest.json").exists()
+        if not made and (code := phantom.prepare_demo(cfg.data)):
             return code
-        if dist.is_initialized():
-            shared = [cfg.out]
-            dist.broadcast_object_list(shared)
-            cfg = replace(cfg, out=shared[0])
-        if steps is not None:
-            bench(cfg, steps, Path(__file__).parent / "results" / "step.csv")
-            return 0
+        cfg = replace(cfg, out=distributed.shared(cfg.out))
         if folder is None and rank == 0:
             held.enter_context(data_prep.locked_folder(Path(cfg.out)))
-        with held:
+        try:
             run = train(cfg, resume)
-        if dist.is_initialized():
-            dist.barrier()                                                                   # nobody leaves early
-        if demo and rank == 0 and (run / "summary.json").exists():                              # not stopped before
-            where = ["--cpu"] if cfg.cpu else ["--gpu", str(cfg.gpu)] if cfg.gpu >= 0 else []
-            return evaluate.main([str(run / "best.pt"), "--data", cfg.data, "--out", str(run / "test"), *where])
-    except (UserError, models.CheckpointError, models.DeviceError, OSError) as error:
-        if rank == 0 or isinstance(error, models.DeviceError):
-            print(f"train_actnet.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except (RuntimeError, MemoryError, subprocess.CalledProcessError) as error:
-        said = f"{type(error).__name__} {error}".lower()
-        remedy = next((r for mark, r in REMEDIES.items() if mark in said), None)
-        if data_prep.out_of_memory(error):
-            remedy = remedy or "out of memory: a smaller --batch, --size or --teacher needs less"
-        if remedy is None:                                                             # an illegal memory access, say
-            raise
-        print(f"train_actnet.py: {remedy} ({data_prep.one_line(error)})", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("train_actnet.py: interrupted, not saved; --resume goes on from the last checkpoint, if there is one",
-              file=sys.stderr)
-        return 130
-    finally:
-        held.close()
-        signal.signal(signal.SIGTERM, handler)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        except (RuntimeError, subprocess.CalledProcessError) as error:
+            said = f"{type(error).__name__} {error}".lower()
+            remedy = next((r for mark, r in REMEDIES.items() if mark in said), None)
+            if remedy is None:                                                         # an illegal memory access, say
+                raise
+            raise DataError(f"{remedy} ({data_prep.one_line(error)})") from None
+    distributed.barrier()                                                                        # nobody leaves early
+    if demo and rank == 0 and (run / "summary.json").exists():                                   # not stopped before
+        where = ["--cpu"] if cfg.cpu else ["--gpu", str(cfg.gpu)] if cfg.gpu >= 0 else []
+        return evaluate.main([str(run / "best.pt"), "--data", cfg.data, "--out", str(run / "test"), *where])
     return 0
+
+
+def main(argv=None):
+    given = parse(argv)
+    distributed.start()
+    # Until the loop, which saves first, SIGTERM is what Ctrl-C is: one line, nothing left behind.
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def work():
+        try:
+            return run_once(given)
+        except (DataError, models.CheckpointError, OSError):
+            if world()[0] > 0:                                                       # told by the first process
+                return 2
+            raise
+    try:
+        return data_prep.exit_code(
+            "train_actnet.py", work, (models.CheckpointError, models.DeviceError),
+            interrupted="not saved; --resume goes on from the last checkpoint, if there is one",
+            memory="a smaller --batch, --size or --teacher needs less")
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        distributed.stop()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,107 @@
+"""One batch over several processes (torchrun): exact batch norm, gathered logits, votes.
+
+Each of W processes takes every W-th row of the batch. Batch norm sees all rows, the logits are gathered before the loss
+(so Dice is over the whole batch), and the losses equal those of one process but for rounding.
+"""
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def start():
+    """Join torchrun's processes, if it started this one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # Alone, nccl would also carry what is not on a GPU: the run's name, and everything of a run on CPUs.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=1))                         # a validation's patience
+
+
+def stop():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world():
+    """(rank, number of processes): of torchrun, or of this process alone."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def local_gpu():
+    """The GPU of this process under torchrun; None for one process, or without GPUs."""
+    if dist.is_initialized() and torch.cuda.is_available():
+        return int(os.environ.get("LOCAL_RANK", world()[0]))
+    return None
+
+
+def shared(value):
+    """Rank 0's value of an object."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def any_of(flag, device):
+    """Whether the flag is true in one of the processes: all stop, or none."""
+    votes = torch.tensor(float(flag), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(votes)
+    return votes.item() > 0
+
+
+def gather(logits):
+    """This process' rows, rank::world of the batch -> the whole batch; a gradient flows into its own rows only."""
+    rank, size = world()
+    if size == 1:
+        return logits
+    logits = logits.float().contiguous()
+    parts = [torch.empty_like(logits) for _ in range(size)]
+    dist.all_gather(parts, logits.detach())
+    parts[rank] = logits
+    return torch.stack(parts, 1).flatten(0, 1)                                    # (B / W, W, C, H, W) -> (B, C, H, W)
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over the processes; so is the gradient's."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    backward = forward
+
+
+class GlobalBatchNorm(nn.BatchNorm2d):
+    """Batch norm over the batch of all processes; SyncBatchNorm wants a GPU, and waits for it in every layer."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        f, n = x.float(), x.numel() / x.shape[1] * world()[1]
+        mean, square = _Sum.apply(torch.stack([f.sum((0, 2, 3)), f.square().sum((0, 2, 3))])) / n
+        var = (square - mean.square()).clamp_min(0)
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (var + self.eps).rsqrt()
+        return (f * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)
+
+
+def parallel(net):
+    """The network for one of several processes: batch norm and gradients over all of them."""
+    for module in net.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = GlobalBatchNorm
+    return DistributedDataParallel(net)
