@@ -49,6 +49,7 @@ from tqdm import tqdm
 import data_prep
 import evaluate
 import models
+import phantom
 from data_prep import DataError as UserError
 from kernels.dice_ce import dice_ce
 from kernels.student_loss import student_loss
@@ -948,7 +949,7 @@ def main(argv=None):
             held.enter_context(data_prep.locked_folder(Path(folder)))                 # before it is read
         cfg, resume = resolve(given)
         if demo and rank == 0 and not (Path(cfg.data) / "manifest.json").exists() and \
-                (code := data_prep.main(["--phantom", cfg.data])):
+                (code := phantom.prepare_demo(cfg.data)):
             return code
         if dist.is_initialized():
             shared = [cfg.out]
