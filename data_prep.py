@@ -1,13 +1,12 @@
 """ACDC from the raw release to the HDF5 layout of SSL4MIS, BCP and their forks; the split; reading it back.
 
     python data_prep.py RAW [OUT]          RAW holds training/ and testing/; OUT defaults to data/ACDC
-    python data_prep.py --phantom [OUT]    a synthetic cohort: raw in OUT/raw, converted in OUT (data/phantom)
     python data_prep.py --check OUT        every list, file, label and checksum; one line per fault
 
 OUT/data/slices/patientNNN_frameFF_slice_S.h5 for train, OUT/data/patientNNN_frameFF.h5 for val, test and official;
 FF is 01 at end-diastole (ED), 02 at end-systole (ES), S counts from 1. Each holds `image`, float32,
 (v - v.min()) / (v.max() - v.min()) over the volume, and `label`, uint8: 1 RV, 2 MYO, 3 LV; attributes `spacing`
-(z, y, x in mm), `group`, `source`. Arrays are (Z, Y, X). A file copied alone needs numpy, scipy, h5py, nibabel, tqdm.
+(z, y, x in mm), `group`, `source`. Arrays are (Z, Y, X). A file copied alone needs numpy, h5py, nibabel, tqdm.
 
 Data: Bernard et al., "Deep Learning Techniques for Automatic MRI Cardiac Multi-structures Segmentation and Diagnosis:
 Is the Problem Solved?", IEEE TMI 37(11), 2018. Layout and split: https://github.com/HiLab-git/SSL4MIS
@@ -15,7 +14,6 @@ Is the Problem Solved?", IEEE TMI 37(11), 2018. Layout and split: https://github
 
 import argparse
 import errno
-import gzip
 import hashlib
 import json
 import math
@@ -38,7 +36,6 @@ from typing import NamedTuple
 import h5py
 import nibabel as nib
 import numpy as np
-from scipy import ndimage
 from tqdm import tqdm
 
 try:
@@ -440,13 +437,12 @@ def locked_folder(path):
 
 
 @contextmanager
-def workspace(out):
-    """OUT for one preparation: made if absent, locked, and on an error without what this one has added.
+def workspace(out, names=("data", "*.list", "manifest.json")):
+    """OUT for one preparation: made if absent, locked, and on an error without what this one has added to `names`.
 
     Ctrl-C and kills leave the finished files there: the next run goes on from them.
     """
     def ours():
-        names = ("data", "raw", "*.list", "manifest.json", "phantom.json")
         return {p for name in names for top in out.glob(name) for p in (top, *top.rglob("*"))}
 
     try:
@@ -568,144 +564,6 @@ def read_checksums(root):
         raise DataError(f"{path}: not a manifest; prepare the data again")
 
 
-# -------------------------------------------------------------------------------------------------------------- phantom
-
-ANATOMY = {  # at end-diastole: LV radius, wall, RV width (mm); then the LV's ejection fraction
-    "NOR": (23, 8.5, 31, 0.62), "DCM": (31, 7.5, 30, 0.25), "HCM": (21, 14.0, 27, 0.70), "MINF": (27, 8.5, 30, 0.36),
-    "RV": (22, 8.5, 42, 0.55),
-}
-
-
-def draw_phantom(rng, group, shape, pixel):
-    """The short-axis stacks of one synthetic patient, ED and ES -> [(image (Z, Y, X) float, label uint8)] * 2.
-
-    Each structure is a signed distance in mm (`pixel`: mm per pixel), painted over what lies behind it with a pixel of
-    partial volume. The LV is half an ellipsoid, base first, whose wall keeps its volume as it contracts; the RV is a
-    crescent on it, gone before the apex. Papillary muscles are labelled as cavity, as in ACDC.
-    """
-
-    def vary(mean, part):
-        return mean * rng.uniform(1 - part, 1 + part)
-
-    def texture(mm):  # (Y, X), mean 0, deviation 1, grains of `mm`
-        field = ndimage.gaussian_filter(rng.normal(size=shape[1:]), mm / pixel)
-        return (field - field.mean()) / field.std()
-
-    def bump(angle, at):  # distance on the circle
-        return np.abs(np.angle(np.exp(1j * (angle - at))))
-
-    def paint(image, distance, value, edge=1.0):
-        image += np.clip(0.5 - distance / (pixel * edge), 0, 1) * (value - image)
-
-    z, y, x = np.ogrid[tuple(slice(0, n) for n in shape)]
-    t = 0.02 + 0.9 * z / (shape[0] - 1)  # (Z, 1, 1) along the long axis: 0 base, 1 apex of the ED cavity
-    u, v = (x - shape[2] / 2) * pixel, (y - shape[1] / 2) * pixel  # (1, 1, X), (1, Y, 1) mm right and down
-    bias = sum(rng.normal(0, 0.15) * f for f in (u / 100, v / 100, u * v / 1e4, u**2 / 1e4))
-    tilt = rng.normal(0, 0.12)
-    u, v = (np.cos(tilt) * u + np.sin(tilt) * v + vary(1.6, 0.4) * texture(11),
-            np.cos(tilt) * v - np.sin(tilt) * u + vary(1.6, 0.4) * texture(11))  # (1, Y, X), nothing in a body is round
-    fine, grain, spots, lumps = texture(1.2), texture(4), texture(1.7), texture(9)
-    blood, muscle, fat = vary(0.85, 0.2), vary(0.27, 0.25), vary(0.95, 0.2)
-    lung, liver, noise, blur = vary(0.06, 0.4), vary(0.33, 0.25), vary(0.025, 0.4), vary(0.6, 0.25)
-
-    body = vary(118, 0.08)
-    skin = np.hypot(u - vary(28, 0.4), (v - vary(30, 0.4)) * vary(1, 0.1)) - body + 6 * t  # negative inside
-    layer = skin + vary(15, 0.45)  # under the fat
-    chest = layer + 9
-    diaphragm = np.maximum(chest, vary(41, 0.12) - 14 * t + (u + 10) ** 2 / 300 - v)
-    left = np.maximum(diaphragm + 3, 25 - u + 6 * lumps)  # stomach and spleen in fat
-    aorta = np.hypot(u - vary(45, 0.2), v - vary(42, 0.15)) - vary(10, 0.15)
-    behind = np.zeros(shape)
-    for distance, value, edge in (
-        (skin, fat * (1 + 0.06 * grain), 1), (layer, muscle * (1 + 0.2 * grain), 1),
-        (layer + 3 + 2 * grain, 0.6 * fat, 2), (layer + 6 + 2 * grain, muscle, 2), (chest, lung * (1 + 0.3 * fine), 1),
-        (np.maximum(chest + 4, 5 * (1.9 - spots)), 0.8 * blood, 3), (diaphragm, liver * (1 + 0.1 * fine), 1),
-        (np.maximum(diaphragm + 5, 5 * (1.9 - spots)), 0.9 * blood, 3), (left, 0.75 * fat * (1 + 0.1 * grain), 1),
-        (np.maximum(left + 4, 6 * (0.3 - lumps)), 0.8 * liver + 0.1 * fine, 2), (aorta, blood, 1),
-    ):
-        paint(behind, distance, value, edge)
-
-    radius, wall, width, fraction = (vary(a, 0.1) for a in ANATOMY[group])
-    u, v = u - 12 - rng.normal(0, 5) - 5 * t, v + 4 - rng.normal(0, 5) - 4 * t
-    rho, phi = np.hypot(u, v), np.arctan2(v, u)  # around the LV's long axis; 0 is the lateral wall, pi the septum
-    wave = 1 + sum(rng.normal(0, 0.03) * np.cos(k * phi + rng.uniform(0, 6.3)) for k in (2, 3))
-    septum, span, scar = np.pi - 0.35 + rng.normal(0, 0.15), vary(1.45, 0.08), rng.uniform(-1.5, 1.5)
-    from_septum = bump(phi, septum)
-    crescent = np.where(from_septum < span, np.cos(np.minimum(from_septum / span, 1) * np.pi / 2) ** 0.75, 0)
-    papillae = [(angle + rng.normal(0, 0.2), vary(5, 0.3)) for angle in (-1.0, 1.3)]
-    frames = []
-    for length, rest, rv_width in ((1, 1, width), (0.92, 1 - fraction, width * vary(0.7, 0.1))):  # ED, ES
-        inner = radius * np.sqrt(rest / length)  # the cavity's volume goes with radius^2 * length
-        outer = np.sqrt(inner**2 + ((radius + wall) ** 2 - radius**2) / length)
-        s = t / length
-        endo = inner * wave * np.sqrt(np.clip(1 - s**2, 0, 1))
-        epi = outer * wave * np.sqrt(np.clip(1 - (s / 1.12) ** 2, 0, 1))
-        if group == "MINF":  # a thin scar
-            epi = epi - 0.45 * (epi - endo) * np.exp(-((bump(phi, scar) / 0.6) ** 2))
-        depth = rv_width * np.sqrt(np.clip(1 - (s / 0.9) ** 2, 0, 1))  # (Z, 1, 1)
-        rv = epi + np.where(depth > 4, depth * crescent, 0)
-        image = behind.copy()
-        groove = 4 * (np.abs(from_septum - span) < 0.35)  # fat where the ventricles meet
-        paint(image, rho - rv - 3 - groove - 2 * np.clip(lumps + grain, -1, 2), 0.8 * fat * (1 + 0.1 * fine))
-        paint(image, rho - rv - 3 * (rv > epi), muscle)
-        rough = 0.3 * np.clip(spots - 0.8, 0, 1.5)  # trabeculae
-        paint(image, np.where(rv > epi, np.maximum(rho - rv, epi - rho), 99), blood * (0.95 + 0.06 * grain - rough))
-        paint(image, rho - epi, muscle * (1 + 0.1 * fine))
-        paint(image, rho - endo, blood * (1 + 0.05 * grain - rough * (rho > 0.7 * endo)))
-        for angle, size in papillae:
-            size = size * np.sqrt(np.clip(1 - ((s - 0.5) / 0.4) ** 2, 0, 1)) + 0.6 * fine  # (Z, Y, X)
-            apart = np.hypot(u - 0.72 * endo * np.cos(angle), v - 0.72 * endo * np.sin(angle))
-            paint(image, np.where(size > 1.5, np.maximum(apart - size, rho - endo), 99), muscle)
-        label = np.select([rho < endo, rho < epi, rho < rv], [3, 2, 1], 0).astype(np.uint8)
-        image = image * np.exp(bias) * (0.75 + 0.6 * np.exp(np.minimum(skin, 0) / 45))  # the coil lies on the chest
-        image = ndimage.gaussian_filter(image, (0, blur, blur))
-        image = np.hypot(image + rng.normal(0, noise, shape), rng.normal(0, noise, shape))  # Rician
-        frames.append((image, label))
-    return frames
-
-
-def write_phantom_patient(folder, seed):
-    """One raw patient as in ACDC: frames, annotation, Info.cfg; zooms in the header, a sform that says 1 mm."""
-    number = int(folder.name[7:])
-    rng = np.random.default_rng([seed, number])
-    group, dtype = list(ANATOMY)[number % 5], (np.float32, np.int16, np.uint8)[number % 3]
-    pixel, gap = rng.uniform(1.3, 1.8), float(rng.choice((8, 10)))  # mm
-    shape = int(rng.integers(6, 10)), int(rng.uniform(190, 208) / pixel), int(rng.uniform(172, 190) / pixel)  # Z, Y, X
-    frames = {"ED": 1, "ES": int(rng.integers(8, 13))} if number != 90 else {"ED": 4, "ES": 11}
-    for (image, label), frame in zip(draw_phantom(rng, group, shape, pixel), frames.values(), strict=True):
-        image = np.rint(np.clip(image / np.quantile(image, 0.998), 0, 1) * (255 if dtype == np.uint8 else 900))
-        for end, array in (("", image.astype(dtype)), ("_gt", label)):
-            if end and number > 100:
-                continue  # the challenge's own test set, as it was before its annotation was released
-            nifti = nib.Nifti1Image(np.asfortranarray(array.T), None)
-            nifti.header.set_zooms((pixel, pixel, gap))
-            nifti.header.set_sform(np.diag([-1, -1, 1, 1]), 2)
-            file = f"{folder.name}_frame{frame:02d}{end}.nii.gz"
-            write_atomic(folder / file, gzip.compress(nifti.to_bytes(), 6, mtime=0))  # no date: same seed, same bytes
-    info = {**frames, "Group": group, "Height": 170.0, "NbFrame": 25, "Weight": 70.0}
-    write_atomic(folder / "Info.cfg", "".join(f"{k}: {v}\n" for k, v in info.items()).encode())
-
-
-def make_phantom(out, patients=20, seed=0, workers=None):
-    """A synthetic cohort, raw in OUT/raw and converted in OUT; returns the manifest. Same seed, same bytes."""
-    require(6 <= patients <= 80, "--patients", f"{patients} is out of range", "give 6 to 80")
-    require(seed >= 0, "--seed", f"{seed} is negative", "give 0 or more")
-    out = Path(out)
-    raw, marker = out / "raw", out / "phantom.json"
-    val, test = patients * 3 // 20 or 1, patients * 6 // 20
-    parts = {"train": patients - val - test - 2, "val": val, "test": test, "official": 1}
-    names = ["patient090", *(p for s, n in parts.items() for p in SPLIT[s][:n])]  # 090: ED is not the first frame
-    mark = json.dumps({"phantom": 1, "patients": patients, "seed": seed}).encode()
-    with workspace(out):
-        empty = all(p.name == ".lock" for p in out.iterdir())
-        same = marker.is_file() and marker.read_bytes() == mark
-        require(empty or same, out, "holds other data", "remove it or choose another OUT")
-        write_atomic(marker, mark)
-        jobs = [(raw / ("testing" if p > "patient100" else "training") / p, seed) for p in names]
-        run_parallel(write_phantom_patient, jobs, workers, "phantom")
-        return _convert(raw, out, True, workers)
-
-
 # --------------------------------------------------------------------------------------------------------- command line
 
 
@@ -719,12 +577,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
+def print_counts(manifest):
+    for split, n in manifest["counts"].items():
+        print(f"{split:9}{n['patients']:4} patients {n['volumes']:4} volumes {n['slices']:5} slices")
+
+
 def main(argv=None):
     """The command line -> exit code: 0, 1 where --check finds faults, 2 for a user's error, 130 for Ctrl-C."""
     parser = Parser(
-        description="ACDC, or a phantom, to HDF5 slices and volumes with the split's lists.",
+        description="ACDC to HDF5 slices and volumes with the split's lists.",
         usage="%(prog)s RAW [OUT] [--allow-missing] [--workers N]\n"
-        "       %(prog)s --phantom [OUT] [--patients N] [--seed N] [--workers N]\n       %(prog)s --check OUT",
+        "       %(prog)s --check OUT",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=118),
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes [one per core]")
@@ -732,16 +595,15 @@ def main(argv=None):
     group.add_argument("raw", metavar="RAW", nargs="?", help="folder that holds ACDC's training/ and testing/")
     group.add_argument("out", metavar="OUT", nargs="?", default="data/ACDC", help="prepared folder [data/ACDC]")
     group.add_argument("--allow-missing", action="store_true", help="go on without the patients that RAW lacks")
-    group = parser.add_argument_group("a synthetic cohort")
-    text = "make it in OUT/raw and convert it in OUT [data/phantom]"
-    group.add_argument("--phantom", nargs="?", const="data/phantom", metavar="OUT", help=text)
-    group.add_argument("--patients", type=int, default=20, metavar="N", help="6 to 80 [20]")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same bytes [0]")
     group = parser.add_argument_group("a prepared folder")
     group.add_argument("--check", metavar="OUT", help="report its faults")
+    parser.add_argument("--phantom", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if sum(a is not None for a in (args.raw, args.phantom, args.check)) != 1:
-        parser.error("give one of RAW, --phantom and --check")
+    if args.phantom is not None:
+        parser.error("--phantom: phantom.py does this: python phantom.py data/phantom/raw, then "
+                     "python data_prep.py data/phantom/raw data/phantom --allow-missing")
+    if (args.raw is None) == (args.check is None):
+        parser.error("give one of RAW and --check")
     if args.workers is not None and not 1 <= args.workers <= 64:
         parser.error("--workers: give 1 to 64")
     start = time.perf_counter()
@@ -750,21 +612,17 @@ def main(argv=None):
             faults = check(args.check)
             print("\n".join(faults) or f"{args.check}: no faults")
             return 1 if faults else 0
-        if args.phantom is not None:
-            out, manifest = args.phantom, make_phantom(args.phantom, args.patients, args.seed, args.workers)
-        else:
-            out, manifest = args.out, convert(args.raw, args.out, args.allow_missing, args.workers)
+        manifest = convert(args.raw, args.out, args.allow_missing, args.workers)
     except (DataError, OSError) as e:
         print(f"{parser.prog}: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted; run it again to go on", file=sys.stderr)
         return 130
-    for split, n in manifest["counts"].items():
-        print(f"{split:9}{n['patients']:4} patients {n['volumes']:4} volumes {n['slices']:5} slices")
-    if args.raw and manifest["missing"]:
+    print_counts(manifest)
+    if manifest["missing"]:
         print(f"absent: {len(manifest['missing'])} of 150 patients, first {manifest['missing'][0]}")
-    print(f"{out}: done in {time.perf_counter() - start:.1f} s")
+    print(f"{args.out}: done in {time.perf_counter() - start:.1f} s")
     return 0
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 import data_prep
+import phantom
 from data_prep import SPLIT, DataError
 
 SCRIPT = Path(data_prep.__file__).resolve()
@@ -29,8 +30,8 @@ root_only = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and locks")
 
 
-def cli(*args, **kwargs):
-    command = [sys.executable, str(SCRIPT), *map(str, args)]
+def cli(*args, script=SCRIPT.name, **kwargs):
+    command = [sys.executable, str(SCRIPT.parent / script), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
 
 
@@ -46,23 +47,24 @@ def one_error(text, *words):
 
 
 @pytest.fixture(scope="session")
-def phantom(tmp_path_factory):
+def cohort(tmp_path_factory):
     out = tmp_path_factory.mktemp("phantom") / "out"
-    data_prep.make_phantom(out, patients=6, workers=2)
+    phantom.make_phantom(out / "raw", patients=6, workers=2)
+    data_prep.convert(out / "raw", out, allow_missing=True, workers=2)
     return out
 
 
 @pytest.fixture
-def raw(phantom, tmp_path):
+def raw(cohort, tmp_path):
     """One raw patient of val, to be damaged."""
-    shutil.copytree(phantom / "raw/training/patient028", tmp_path / "raw/training/patient028")
+    shutil.copytree(cohort / "raw/training/patient028", tmp_path / "raw/training/patient028")
     return tmp_path / "raw"
 
 
 @pytest.fixture
-def prepared(phantom, tmp_path):
+def prepared(cohort, tmp_path):
     out = tmp_path / "prepared"
-    shutil.copytree(phantom, out, ignore=shutil.ignore_patterns("raw"))
+    shutil.copytree(cohort, out, ignore=shutil.ignore_patterns("raw"))
     return out
 
 
@@ -141,17 +143,17 @@ def test_spacing_is_the_zooms_and_not_the_affine():
 # -------------------------------------------------------------------------------------------------------------- phantom
 
 
-def test_phantom_same_seed_same_bytes(phantom, tmp_path):
-    done = cli("--phantom", tmp_path / "a", "--patients", 6, "--workers", 1)
+def test_phantom_same_seed_same_bytes(cohort, tmp_path):
+    done = cli(tmp_path / "a", "--patients", 6, "--workers", 1, script="phantom.py")
     assert done.returncode == 0, done.stderr
-    assert content(tmp_path / "a") == content(phantom)
-    data_prep.make_phantom(tmp_path / "b", patients=6, seed=1)
-    frame = "data/patient028_frame01.h5"
-    assert (tmp_path / "b" / frame).read_bytes() != (phantom / frame).read_bytes()
+    assert content(tmp_path / "a") == content(cohort / "raw")
+    phantom.make_phantom(tmp_path / "b", patients=6, seed=1)
+    frame = "training/patient028/patient028_frame01.nii.gz"
+    assert (tmp_path / "b" / frame).read_bytes() != (cohort / "raw" / frame).read_bytes()
 
 
-def test_phantom_has_a_heart(phantom):
-    ed, es = (data_prep.read_volume(phantom, f"patient028_frame{n:02d}") for n in (1, 2))
+def test_phantom_has_a_heart(cohort):
+    ed, es = (data_prep.read_volume(cohort, f"patient028_frame{n:02d}") for n in (1, 2))
     for label in (ed.label, es.label):
         areas = np.array([[(z == k).sum() for k in (1, 2, 3)] for z in label])  # (Z, class)
         assert (areas[1] > 0).all()
@@ -168,10 +170,10 @@ def test_phantom_has_a_heart(phantom):
     assert np.median(blood) > np.median(muscle) + 0.15
     outside = ed.image[1][ed.label[1] == 0]
     assert np.quantile(outside, 0.9) > np.median(blood) * 0.6  # intensity alone does not separate
-    assert data_prep.read_info(phantom / "raw/training/patient090")["ED"] == 4
-    kinds = {nib.load(p).get_data_dtype().name for p in phantom.glob("raw/*/*/*_frame??.nii.gz")}
+    assert data_prep.read_info(cohort / "raw/training/patient090")["ED"] == 4
+    kinds = {nib.load(p).get_data_dtype().name for p in cohort.glob("raw/*/*/*_frame??.nii.gz")}
     assert kinds == {"float32", "int16", "uint8"}
-    _, spacing, image = data_prep.load_nifti(next(phantom.glob("raw/training/*/*_frame01.nii.gz")))
+    _, spacing, image = data_prep.load_nifti(next(cohort.glob("raw/training/*/*_frame01.nii.gz")))
     assert spacing[0] >= 8 > 1.8 > spacing[1] > 1.3
     assert np.isnan(image.header["scl_slope"]) or image.header["scl_slope"] == 0
     assert abs(image.affine[0, 0]) == 1
@@ -179,27 +181,27 @@ def test_phantom_has_a_heart(phantom):
 
 def test_phantom_refuses_a_folder_with_other_data(prepared, capfd):
     before = content(prepared)
-    assert data_prep.main(["--phantom", str(prepared), "--patients", "7"]) == 2
+    assert phantom.main([str(prepared), "--patients", "7"]) == 2
     one_error(capfd.readouterr().err, prepared, "other data")
     assert content(prepared) == before
 
 
-def test_reading_back(phantom):
-    assert data_prep.read_list(phantom, "val") == ["patient028_frame01", "patient028_frame02"]
-    official = data_prep.read_volume(phantom, data_prep.read_list(phantom, "official")[0])
+def test_reading_back(cohort):
+    assert data_prep.read_list(cohort, "val") == ["patient028_frame01", "patient028_frame02"]
+    official = data_prep.read_volume(cohort, data_prep.read_list(cohort, "official")[0])
     assert official.label is None
     assert official.image.dtype == np.float32
-    slices = list(data_prep.read_slices(phantom))
-    assert [s[0] for s in slices] == (phantom / "train_slices.list").read_text().split()
+    slices = list(data_prep.read_slices(cohort))
+    assert [s[0] for s in slices] == (cohort / "train_slices.list").read_text().split()
     patients = list(dict.fromkeys(name[:10] for name, _, _ in slices))
     assert patients == [p for p in SPLIT["train"] if p in patients]
     assert [int(name.rsplit("_", 1)[1]) for name, _, _ in slices[:3]] == [1, 2, 3]
-    whole = data_prep.read_patient(phantom / "raw/training" / patients[0], True)[0]
+    whole = data_prep.read_patient(cohort / "raw/training" / patients[0], True)[0]
     assert np.array_equal(slices[2][1], whole[0][2])
     assert np.array_equal(slices[2][2], whole[1][2])
     assert (slices[0][1].dtype, slices[0][2].dtype) == (np.float32, np.uint8)
     with pytest.raises(DataError, match="absent"):
-        data_prep.read_volume(phantom, "patient019_frame01")
+        data_prep.read_volume(cohort, "patient019_frame01")
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -266,11 +268,11 @@ def test_bad_input(raw, tmp_path, capfd, name):
     assert not (tmp_path / "new").exists()
 
 
-def test_bad_input_leaves_an_earlier_preparation_alone(raw, phantom, tmp_path):
+def test_bad_input_leaves_an_earlier_preparation_alone(raw, cohort, tmp_path):
     out = tmp_path / "out"
     data_prep.convert(raw, out, allow_missing=True)
     before = content(out)
-    shutil.copytree(phantom / "raw/training/patient099", raw / "training/patient099")  # good, and converted first
+    shutil.copytree(cohort / "raw/training/patient099", raw / "training/patient099")  # good, and converted first
     shutil.copytree(raw / "training/patient028", raw / "training/patient085")
     with pytest.raises(DataError, match=r"patient085_frame01\.nii\.gz"):
         data_prep.convert(raw, out, allow_missing=True)
@@ -279,14 +281,14 @@ def test_bad_input_leaves_an_earlier_preparation_alone(raw, phantom, tmp_path):
 
 def test_cli_errors_are_one_line(raw, tmp_path):
     for args, words in {
-        (): ("--phantom",),
-        (raw, "--phantom"): ("give one of",),
+        (): ("give one of",),
+        (raw, "--check", raw): ("give one of",),
+        ("--phantom", tmp_path / "out", "--patients", "6"): ("phantom.py", "data_prep.py data/phantom/raw"),
         (raw, tmp_path / "out"): ("lacks 149 of 150", "patient099", "--allow-missing"),
         (tmp_path / "nothing",): ("nothing", "training/"),
         ("--check", tmp_path / "nothing"): ("nothing", "no such folder"),
         (raw, raw / "training/patient028/Info.cfg", "--allow-missing"): ("Info.cfg", "choose another OUT"),
         (raw, "--workers", "0"): ("--workers",),
-        ("--phantom", tmp_path / "out", "--patients", "2"): ("--patients",),
     }.items():
         done = cli(*args, cwd=tmp_path)
         assert done.returncode == 2, done
@@ -481,9 +483,9 @@ def test_no_write_permission(raw, tmp_path):
 @posix
 @pytest.mark.parametrize(("files", "sig"), [(1, signal.SIGKILL), (9, signal.SIGKILL), (30, signal.SIGKILL),
                                             (5, signal.SIGINT)])  # fmt: skip
-def test_killed_and_run_again(phantom, tmp_path, files, sig):
+def test_killed_and_run_again(cohort, tmp_path, files, sig):
     out = tmp_path / "out"
-    command = [sys.executable, str(SCRIPT), str(phantom / "raw"), str(out), "--allow-missing", "--workers", "2"]
+    command = [sys.executable, str(SCRIPT), str(cohort / "raw"), str(out), "--allow-missing", "--workers", "2"]
     # where the suite runs in the background of a shell, SIGINT is ignored, and children inherit that
     hear = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=hear)
@@ -504,15 +506,15 @@ def test_killed_and_run_again(phantom, tmp_path, files, sig):
     again = cli(*command[2:])
     assert again.returncode == 0, again.stderr
     assert {p: p.stat().st_mtime_ns for p in done} == done  # finished files were not written again
-    unbroken = {k: v for k, v in content(phantom).items() if not k.startswith(("raw/", "phantom.json"))}
+    unbroken = {k: v for k, v in content(cohort).items() if not k.startswith("raw/")}
     assert content(out) == unbroken
 
 
-def test_a_damaged_file_of_an_earlier_run_is_made_again(prepared, phantom):
+def test_a_damaged_file_of_an_earlier_run_is_made_again(prepared, cohort):
     good = content(prepared)
     _truncate(prepared / "data/patient028_frame01.h5")
     (prepared / "data/.patient028_frame02.h5.4711.part").write_bytes(b"half")
-    data_prep.convert(phantom / "raw", prepared, allow_missing=True)
+    data_prep.convert(cohort / "raw", prepared, allow_missing=True)
     assert content(prepared) == good
 
 
@@ -553,14 +555,14 @@ def _flat_copy(root, out):
     return out
 
 
-def test_check_passes_on_ours_and_on_the_communitys_layout(phantom, tmp_path):
-    done = cli("--check", phantom)
-    assert (done.returncode, done.stdout) == (0, f"{phantom}: no faults\n")
-    flat = _flat_copy(phantom, tmp_path / "flat")
+def test_check_passes_on_ours_and_on_the_communitys_layout(cohort, tmp_path):
+    done = cli("--check", cohort)
+    assert (done.returncode, done.stdout) == (0, f"{cohort}: no faults\n")
+    flat = _flat_copy(cohort, tmp_path / "flat")
     assert data_prep.check(flat) == []
     volume = data_prep.read_volume(flat, "patient028_frame02")
     assert (volume.spacing, volume.group) == (None, None)
-    ours = {name: (x.tobytes(), y.tobytes()) for name, x, y in data_prep.read_slices(phantom)}
+    ours = {name: (x.tobytes(), y.tobytes()) for name, x, y in data_prep.read_slices(cohort)}
     assert {name: (x.tobytes(), y.tobytes()) for name, x, y in data_prep.read_slices(flat)} == ours
 
 
@@ -669,14 +671,16 @@ def test_hdf5_that_points_elsewhere_or_lies_is_refused(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------- alone
 
 
-def test_works_when_copied_alone(tmp_path):
+def test_works_when_copied_alone(raw, tmp_path):
+    tmp_path = tmp_path / "alone"
+    tmp_path.mkdir()
     shutil.copy(SCRIPT, tmp_path)
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONDONTWRITEBYTECODE": "1"}
     code = "import data_prep, os, sys; print(os.listdir(), {'models', 'evaluate', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("['data_prep.py'] set()\n", "")
-    command = [sys.executable, "data_prep.py", "--phantom", "--patients", "6"]
+    command = [sys.executable, "data_prep.py", str(raw), "--allow-missing"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "data_prep.py"]
-    assert len(list(data_prep.read_slices(tmp_path / "data/phantom"))) > 20
+    assert data_prep.check(tmp_path / "data/ACDC") == []

@@ -41,6 +41,7 @@ from hypothesis import strategies as st
 
 import data_prep
 import evaluate
+import phantom
 import train_actnet
 from data_prep import DataError
 from models import UNet, load_checkpoint, save_checkpoint
@@ -869,7 +870,8 @@ class Lines:
 
 # ------------------------------------------------------------------------------------------------- command line
 
-SCRIPTS = {"data_prep.py": data_prep.main, "train_actnet.py": train_actnet.main, "evaluate.py": evaluate.main}
+SCRIPTS = {"data_prep.py": data_prep.main, "phantom.py": phantom.main, "train_actnet.py": train_actnet.main,
+           "evaluate.py": evaluate.main}
 
 
 def call(script, *argv):
@@ -902,20 +904,23 @@ def test_help_fits_a_screen_in_groups_and_shows_defaults(terminal, monkeypatch, 
     lines = text.splitlines()
     assert len(lines) <= 48
     assert max(map(len, lines)) <= 120
-    defaults = {"data_prep.py": ["data/ACDC", "data/phantom", "20", "0", "one per core"], "evaluate.py": ["test"],
+    defaults = {"data_prep.py": ["data/ACDC", "one per core"], "evaluate.py": ["test"],
+                "phantom.py": ["data/phantom/raw", "20", "0", "one per core"],
                 "train_actnet.py": [str(f.default) for f in fields(Config) if type(f.default) is float and f.default]
                 + [f"[{f.default}]" for f in fields(Config) if f.metadata["choices"]], "bench.py": []}[script]
     assert not [d for d in defaults if d not in text]
-    if script in ("data_prep.py", "train_actnet.py"):
-        assert len(re.findall(r"^[a-z' ]+:$", text, re.MULTILINE)) >= 4
+    groups = re.findall(r"^[a-z' ]+:$", text, re.MULTILINE)
+    assert len(groups) >= {"data_prep.py": 3, "train_actnet.py": 4}.get(script, 0)
 
 
 def wrong_options():
-    yield from (("data_prep.py", [], "--phantom"), ("data_prep.py", ["a", "b", "c"], "c"), ("evaluate.py", [], ""))
+    yield from (("data_prep.py", [], "RAW"), ("data_prep.py", ["--phantom", "out", "--seed", "1"], "phantom.py"),
+                ("data_prep.py", ["a", "b", "c"], "c"), ("evaluate.py", [], ""))
     for script in SCRIPTS:
         yield script, ["x", "--magic"], "--magic"
+    yield "data_prep.py", ["raw", "out", "--workers", "99"], "--workers"
     for option, value in (("--patients", "x"), ("--patients", "81"), ("--seed", "-1"), ("--workers", "99")):
-        yield "data_prep.py", ["--phantom", "out", option, value], option
+        yield "phantom.py", ["out", option, value], option
     for option, value in (("--split", "train"), ("--which", "teacher"), ("--gpu", "x")):
         yield "evaluate.py", ["best.pt", option, value], option
     for option in ("preset", "resume"):
@@ -954,6 +959,7 @@ PATHS = ["", "nowhere", "file", "loop", "x" * 300, "x/" * 3000, "pipe"]
 
 @pytest.mark.parametrize("argv", [
     ["data_prep.py", None], ["data_prep.py", "--check", None], ["data_prep.py", "raw", None, "--allow-missing"],
+    ["phantom.py", None],
     ["train_actnet.py", "--cpu", "--data", None], ["train_actnet.py", "--cpu", "--resume", None],
     ["train_actnet.py", "--cpu", "--data", "data", "--out", None, "--teacher-ckpt", "nowhere"],
     ["train_actnet.py", "--cpu", "--data", "data", "--teacher-ckpt", None, "--method", "kd"],
@@ -967,6 +973,7 @@ def test_every_wrong_path_is_one_line_and_exit_2(terminal, capfd, raw, data, arg
     os.mkfifo("pipe")
     before = sorted(os.listdir())
     right = ["", "nowhere"] if "raw" in argv else [""] if {"--check", "kd"} & set(argv) else []   # nothing wrong there
+    right += ["nowhere"] if "phantom.py" in argv else []
     for path in (p for p in PATHS if p not in right):
         assert call(*(path if a is None else a for a in argv)) == 2, path
         one_line(capfd.readouterr().err, argv[0])

@@ -1,0 +1,203 @@
+"""A synthetic cohort in ACDC's raw layout, to try everything without the data: short-axis stacks of beating hearts.
+
+    python phantom.py [OUT]                                            NIfTI and Info.cfg; OUT is data/phantom/raw
+    python data_prep.py data/phantom/raw data/phantom --allow-missing  converted like any other raw release
+
+As in the release: OUT/training and OUT/testing, patients of the split's train, val, test and official parts (the last
+without annotation), ED and ES, zooms in the header beside a sform that says 1 mm, three dtypes, five groups, and a
+patient090 whose ED is not the first frame. Same seed, same bytes.
+"""
+
+import argparse
+import gzip
+import json
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from scipy import ndimage
+
+import data_prep
+from data_prep import SPLIT, Parser, exit_code, require, run_parallel, workspace, write_atomic
+
+MARKER = "phantom.json"  # in OUT: what the cohort was made of
+
+ANATOMY = {  # at end-diastole: LV radius, wall, RV width (mm); then the LV's ejection fraction
+    "NOR": (23, 8.5, 31, 0.62), "DCM": (31, 7.5, 30, 0.25), "HCM": (21, 14.0, 27, 0.70), "MINF": (27, 8.5, 30, 0.36),
+    "RV": (22, 8.5, 42, 0.55),
+}
+
+
+def draw(rng, group, shape, pixel):
+    """The short-axis stacks of one synthetic patient, ED and ES -> [(image (Z, Y, X) float, label uint8)] * 2.
+
+    Each structure is a signed distance in mm (`pixel`: mm per pixel), painted over what lies behind it with a pixel of
+    partial volume. The LV is half an ellipsoid, base first, whose wall keeps its volume as it contracts; the RV is a
+    crescent on it, gone before the apex. Papillary muscles are labelled as cavity, as in ACDC.
+    """
+
+    def vary(mean, part):
+        return mean * rng.uniform(1 - part, 1 + part)
+
+    def texture(mm):  # (Y, X), mean 0, deviation 1, grains of `mm`
+        field = ndimage.gaussian_filter(rng.normal(size=shape[1:]), mm / pixel)
+        return (field - field.mean()) / field.std()
+
+    def bump(angle, at):  # distance on the circle
+        return np.abs(np.angle(np.exp(1j * (angle - at))))
+
+    def paint(image, distance, value, edge=1.0):
+        image += np.clip(0.5 - distance / (pixel * edge), 0, 1) * (value - image)
+
+    z, y, x = np.ogrid[tuple(slice(0, n) for n in shape)]
+    t = 0.02 + 0.9 * z / (shape[0] - 1)  # (Z, 1, 1) along the long axis: 0 base, 1 apex of the ED cavity
+    u, v = (x - shape[2] / 2) * pixel, (y - shape[1] / 2) * pixel  # (1, 1, X), (1, Y, 1) mm right and down
+    bias = sum(rng.normal(0, 0.15) * f for f in (u / 100, v / 100, u * v / 1e4, u**2 / 1e4))
+    tilt = rng.normal(0, 0.12)
+    u, v = (np.cos(tilt) * u + np.sin(tilt) * v + vary(1.6, 0.4) * texture(11),
+            np.cos(tilt) * v - np.sin(tilt) * u + vary(1.6, 0.4) * texture(11))  # (1, Y, X), nothing in a body is round
+    fine, grain, spots, lumps = texture(1.2), texture(4), texture(1.7), texture(9)
+    blood, muscle, fat = vary(0.85, 0.2), vary(0.27, 0.25), vary(0.95, 0.2)
+    lung, liver, noise, blur = vary(0.06, 0.4), vary(0.33, 0.25), vary(0.025, 0.4), vary(0.6, 0.25)
+
+    body = vary(118, 0.08)
+    skin = np.hypot(u - vary(28, 0.4), (v - vary(30, 0.4)) * vary(1, 0.1)) - body + 6 * t  # negative inside
+    layer = skin + vary(15, 0.45)  # under the fat
+    chest = layer + 9
+    diaphragm = np.maximum(chest, vary(41, 0.12) - 14 * t + (u + 10) ** 2 / 300 - v)
+    left = np.maximum(diaphragm + 3, 25 - u + 6 * lumps)  # stomach and spleen in fat
+    aorta = np.hypot(u - vary(45, 0.2), v - vary(42, 0.15)) - vary(10, 0.15)
+    behind = np.zeros(shape)
+    for distance, value, edge in (
+        (skin, fat * (1 + 0.06 * grain), 1), (layer, muscle * (1 + 0.2 * grain), 1),
+        (layer + 3 + 2 * grain, 0.6 * fat, 2), (layer + 6 + 2 * grain, muscle, 2), (chest, lung * (1 + 0.3 * fine), 1),
+        (np.maximum(chest + 4, 5 * (1.9 - spots)), 0.8 * blood, 3), (diaphragm, liver * (1 + 0.1 * fine), 1),
+        (np.maximum(diaphragm + 5, 5 * (1.9 - spots)), 0.9 * blood, 3), (left, 0.75 * fat * (1 + 0.1 * grain), 1),
+        (np.maximum(left + 4, 6 * (0.3 - lumps)), 0.8 * liver + 0.1 * fine, 2), (aorta, blood, 1),
+    ):
+        paint(behind, distance, value, edge)
+
+    radius, wall, width, fraction = (vary(a, 0.1) for a in ANATOMY[group])
+    u, v = u - 12 - rng.normal(0, 5) - 5 * t, v + 4 - rng.normal(0, 5) - 4 * t
+    rho, phi = np.hypot(u, v), np.arctan2(v, u)  # around the LV's long axis; 0 is the lateral wall, pi the septum
+    wave = 1 + sum(rng.normal(0, 0.03) * np.cos(k * phi + rng.uniform(0, 6.3)) for k in (2, 3))
+    septum, span, scar = np.pi - 0.35 + rng.normal(0, 0.15), vary(1.45, 0.08), rng.uniform(-1.5, 1.5)
+    from_septum = bump(phi, septum)
+    crescent = np.where(from_septum < span, np.cos(np.minimum(from_septum / span, 1) * np.pi / 2) ** 0.75, 0)
+    papillae = [(angle + rng.normal(0, 0.2), vary(5, 0.3)) for angle in (-1.0, 1.3)]
+    frames = []
+    for length, rest, rv_width in ((1, 1, width), (0.92, 1 - fraction, width * vary(0.7, 0.1))):  # ED, ES
+        inner = radius * np.sqrt(rest / length)  # the cavity's volume goes with radius^2 * length
+        outer = np.sqrt(inner**2 + ((radius + wall) ** 2 - radius**2) / length)
+        s = t / length
+        endo = inner * wave * np.sqrt(np.clip(1 - s**2, 0, 1))
+        epi = outer * wave * np.sqrt(np.clip(1 - (s / 1.12) ** 2, 0, 1))
+        if group == "MINF":  # a thin scar
+            epi = epi - 0.45 * (epi - endo) * np.exp(-((bump(phi, scar) / 0.6) ** 2))
+        depth = rv_width * np.sqrt(np.clip(1 - (s / 0.9) ** 2, 0, 1))  # (Z, 1, 1)
+        rv = epi + np.where(depth > 4, depth * crescent, 0)
+        image = behind.copy()
+        groove = 4 * (np.abs(from_septum - span) < 0.35)  # fat where the ventricles meet
+        paint(image, rho - rv - 3 - groove - 2 * np.clip(lumps + grain, -1, 2), 0.8 * fat * (1 + 0.1 * fine))
+        paint(image, rho - rv - 3 * (rv > epi), muscle)
+        rough = 0.3 * np.clip(spots - 0.8, 0, 1.5)  # trabeculae
+        paint(image, np.where(rv > epi, np.maximum(rho - rv, epi - rho), 99), blood * (0.95 + 0.06 * grain - rough))
+        paint(image, rho - epi, muscle * (1 + 0.1 * fine))
+        paint(image, rho - endo, blood * (1 + 0.05 * grain - rough * (rho > 0.7 * endo)))
+        for angle, size in papillae:
+            size = size * np.sqrt(np.clip(1 - ((s - 0.5) / 0.4) ** 2, 0, 1)) + 0.6 * fine  # (Z, Y, X)
+            apart = np.hypot(u - 0.72 * endo * np.cos(angle), v - 0.72 * endo * np.sin(angle))
+            paint(image, np.where(size > 1.5, np.maximum(apart - size, rho - endo), 99), muscle)
+        label = np.select([rho < endo, rho < epi, rho < rv], [3, 2, 1], 0).astype(np.uint8)
+        image = image * np.exp(bias) * (0.75 + 0.6 * np.exp(np.minimum(skin, 0) / 45))  # the coil lies on the chest
+        image = ndimage.gaussian_filter(image, (0, blur, blur))
+        image = np.hypot(image + rng.normal(0, noise, shape), rng.normal(0, noise, shape))  # Rician
+        frames.append((image, label))
+    return frames
+
+
+def write_patient(folder, seed):
+    """One raw patient as in ACDC: frames, annotation, Info.cfg; zooms in the header, a sform that says 1 mm."""
+    number = int(folder.name[7:])
+    rng = np.random.default_rng([seed, number])
+    group, dtype = list(ANATOMY)[number % 5], (np.float32, np.int16, np.uint8)[number % 3]
+    pixel, gap = rng.uniform(1.3, 1.8), float(rng.choice((8, 10)))  # mm
+    shape = int(rng.integers(6, 10)), int(rng.uniform(190, 208) / pixel), int(rng.uniform(172, 190) / pixel)  # Z, Y, X
+    frames = {"ED": 1, "ES": int(rng.integers(8, 13))} if number != 90 else {"ED": 4, "ES": 11}
+    for (image, label), frame in zip(draw(rng, group, shape, pixel), frames.values(), strict=True):
+        image = np.rint(np.clip(image / np.quantile(image, 0.998), 0, 1) * (255 if dtype == np.uint8 else 900))
+        for end, array in (("", image.astype(dtype)), ("_gt", label)):
+            if end and number > 100:
+                continue  # the challenge's own test set, as it was before its annotation was released
+            nifti = nib.Nifti1Image(np.asfortranarray(array.T), None)
+            nifti.header.set_zooms((pixel, pixel, gap))
+            nifti.header.set_sform(np.diag([-1, -1, 1, 1]), 2)
+            file = f"{folder.name}_frame{frame:02d}{end}.nii.gz"
+            write_atomic(folder / file, gzip.compress(nifti.to_bytes(), 6, mtime=0))  # no date: same seed, same bytes
+    info = {**frames, "Group": group, "Height": 170.0, "NbFrame": 25, "Weight": 70.0}
+    write_atomic(folder / "Info.cfg", "".join(f"{k}: {v}\n" for k, v in info.items()).encode())
+
+
+def make_phantom(out, patients=20, seed=0, workers=None):
+    """A synthetic cohort in ACDC's raw layout, in OUT; same seed, same bytes."""
+    require(6 <= patients <= 80, "--patients", f"{patients} is out of range", "give 6 to 80")
+    require(seed >= 0, "--seed", f"{seed} is negative", "give 0 or more")
+    out = Path(out)
+    marker = out / MARKER
+    val, test = patients * 3 // 20 or 1, patients * 6 // 20
+    parts = {"train": patients - val - test - 2, "val": val, "test": test, "official": 1}
+    names = ["patient090", *(p for s, n in parts.items() for p in SPLIT[s][:n])]  # 090: ED is not the first frame
+    mark = json.dumps({"phantom": 1, "patients": patients, "seed": seed}).encode()
+    with workspace(out, ("training", "testing", MARKER)):
+        empty = all(p.name == ".lock" for p in out.iterdir())
+        same = marker.is_file() and marker.read_bytes() == mark
+        require(empty or same, out, "holds other data", "remove it or choose another OUT")
+        write_atomic(marker, mark)
+        jobs = [(out / ("testing" if p > "patient100" else "training") / p, seed) for p in names]
+        run_parallel(write_patient, jobs, workers, "phantom")
+
+
+def prepare_demo(data):
+    """What train_actnet.py --demo learns from: the cohort in DATA/raw, converted in DATA -> exit code."""
+    raw, start = Path(data, "raw"), time.perf_counter()
+
+    def work():
+        others = {p.name for p in Path(data).glob("*")} - {"raw", ".lock"}
+        require(not others or (raw / MARKER).is_file(), data, "holds other data", "remove it or choose another --data")
+        make_phantom(raw)
+        data_prep.print_counts(data_prep.convert(raw, data, allow_missing=True))
+        print(f"{data}: made in {time.perf_counter() - start:.1f} s")
+
+    return exit_code("phantom.py", work)
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+def main(argv=None):
+    """The command line -> exit code: 0, 2 for a user's error, 130 for Ctrl-C."""
+    parser = Parser(
+        prog="phantom.py",
+        description="A synthetic cohort in ACDC's raw layout.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=118),
+    )
+    parser.add_argument("out", metavar="OUT", nargs="?", default="data/phantom/raw", help="folder [data/phantom/raw]")
+    parser.add_argument("--patients", type=int, default=20, metavar="N", help="6 to 80 [20]")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same bytes [0]")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes [one per core]")
+    args = parser.parse_args(argv)
+    if args.workers is not None and not 1 <= args.workers <= 64:
+        parser.error("--workers: give 1 to 64")
+
+    def work():
+        start = time.perf_counter()
+        make_phantom(args.out, args.patients, args.seed, args.workers)
+        print(f"{args.out}: {args.patients} patients in {time.perf_counter() - start:.1f} s")
+
+    return exit_code(parser.prog, work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
