@@ -41,6 +41,7 @@ from hypothesis import strategies as st
 
 import data_prep
 import evaluate
+import predict
 import train_actnet
 from data_prep import DataError
 from models import UNet, load_checkpoint, save_checkpoint
@@ -869,7 +870,8 @@ class Lines:
 
 # ------------------------------------------------------------------------------------------------- command line
 
-SCRIPTS = {"data_prep.py": data_prep.main, "train_actnet.py": train_actnet.main, "evaluate.py": evaluate.main}
+SCRIPTS = {"data_prep.py": data_prep.main, "train_actnet.py": train_actnet.main, "evaluate.py": evaluate.main,
+           "predict.py": predict.main}
 
 
 def call(script, *argv):
@@ -903,6 +905,7 @@ def test_help_fits_a_screen_in_groups_and_shows_defaults(terminal, monkeypatch, 
     assert len(lines) <= 48
     assert max(map(len, lines)) <= 120
     defaults = {"data_prep.py": ["data/ACDC", "data/phantom", "20", "0", "one per core"], "evaluate.py": ["test"],
+                "predict.py": ["predictions", "on"],
                 "train_actnet.py": [str(f.default) for f in fields(Config) if type(f.default) is float and f.default]
                 + [f"[{f.default}]" for f in fields(Config) if f.metadata["choices"]], "bench.py": []}[script]
     assert not [d for d in defaults if d not in text]
