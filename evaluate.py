@@ -1,9 +1,7 @@
-"""Score a checkpoint on a prepared split, the one place with metrics; segment NIfTI files with it; export it.
+"""Score a checkpoint on a prepared split: the one place with metrics. (predict.py segments NIfTI files with it.)
 
     python evaluate.py runs/act-7-seed0/best.pt                                  # the test split of the run's data
     python evaluate.py runs/act-7-seed0/best.pt --data data/ACDC --split val --which student --out scores
-    python evaluate.py runs/act-7-seed0/best.pt --predict scan.nii.gz folder/ --out predictions
-    python evaluate.py runs/act-7-seed0/best.pt --onnx student.onnx
 
 Per volume on its native grid, for RV, MYO and LV (p predicted, y annotated, S their surfaces, d Euclidean):
     Dice = 2 |p & y| / (|p| + |y|)          Jaccard = |p & y| / |p | y|
@@ -28,22 +26,14 @@ OUT, by default <checkpoint's folder>/<split>, receives
     report.html     tables and pictures in one file
     summary.json    everything that is printed
 A volume without annotation is predicted (its ml are in metrics.csv) and not scored; a line says how many there are.
-
---predict writes per input NAME.nii or NAME.nii.gz, 3D or 4D, whole or not at all
-    NAME_seg.nii.gz    uint8: 0 background, 1 RV, 2 MYO, 3 LV; the source's header, shape and orientation
-    NAME_overlay.png   NAME_volumes.csv (a row per frame)   NAME_entropy.nii.gz (--entropy)
-    NAME_volumes.png   4D: ventricular volume over time; ED and ES are the frames with most and least LV
-and predictions.csv, a row per input. Slices are the third axis, oriented as in ACDC.
 """
 import argparse
 import base64
 import csv
 import html
-import importlib.util
 import json
 import math
 import os
-import re
 import signal
 import sys
 import tempfile
@@ -52,7 +42,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import nibabel as nib
 import numpy as np
 import torch
 from scipy import ndimage
@@ -61,7 +50,7 @@ from tqdm import tqdm
 import data_prep
 import models
 from data_prep import CLASSES, PHASES, DataError
-from models import CheckpointError, find_heart, largest_component, load_model, pick_device, segment_volume
+from models import CheckpointError, DeviceError, find_heart, largest_component, load_model, pick_device, segment_volume
 
 SPLITS = ("val", "test", "official")
 METRICS = {"dice": "Dice", "jaccard": "Jaccard", "hd95_voxel": "HD95 voxels", "asd_voxel": "ASD voxels",
@@ -72,10 +61,6 @@ COLORS = {"RV": "#35c9ff", "MYO": "#ffd23f", "LV": "#ff4d6d"}
 PICTURES = ("best", "worst", "median")                             # in the order of their claim on a patient
 RESULTS = ("metrics.csv", "clinical.csv", "clinical.png", *(f"overlay_{k}.png" for k in PICTURES), "report.html",
            "summary.json")
-PREDICTED = ("overlay.png", "entropy.nii.gz", "volumes.csv", "volumes.png", "seg.nii.gz")          # after NAME_
-NIFTI = re.compile(r"\.nii(\.gz)?$")
-SKIPPED = re.compile(r"^\.|_(gt|seg|entropy)\.nii(\.gz)?$")         # in folders: annotations, predictions, hidden files
-FIELD = (50, 1000)                   # mm that a slice can span; others are spacings in another unit, or none at all
 
 
 # ---------------------------------------------------------------------------------------------------------- metrics
@@ -138,7 +123,7 @@ def agreement(prediction, annotation):
     keep = np.isfinite(x) & np.isfinite(y)
     x, y = x[keep], y[keep]
     related = len(x) > 2 and np.ptp(x) > 0 and np.ptp(y) > 0
-    return dict(n=len(x), bias=_mean(x - y), sd=_sd(x - y), r=float(np.corrcoef(x, y)[0, 1]) if related else np.nan)
+    return dict(n=len(x), bias=mean(x - y), sd=_sd(x - y), r=float(np.corrcoef(x, y)[0, 1]) if related else np.nan)
 
 
 def aggregate(cases):
@@ -148,11 +133,11 @@ def aggregate(cases):
         values = np.array([c[metric] for c in cases]).reshape(-1, len(CLASSES))                    # (volumes, 3)
         values = values[np.isfinite(values).all(1)]
         columns = zip((*CLASSES, "mean"), (*values.T, values.mean(1)), strict=True)
-        table[metric] = {c: dict(n=len(v), mean=_mean(v), sd=_sd(v)) for c, v in columns}
+        table[metric] = {c: dict(n=len(v), mean=mean(v), sd=_sd(v)) for c, v in columns}
     return table
 
 
-def _mean(x):
+def mean(x):
     return float(np.mean(x)) if len(x) else np.nan
 
 
@@ -260,42 +245,19 @@ def draw_agreement(path, rows):
         x, y = np.array([(r["prediction"], r["annotation"]) for r in rows if r["index"] == index]).T
         a = agreement(x, y)
         above.plot(y, x, "o", color="#2a6fb0", alpha=0.7)
-        middle = np.nan_to_num(_mean(y[np.isfinite(y)]))
+        middle = np.nan_to_num(mean(y[np.isfinite(y)]))
         above.axline((middle, middle), slope=1, color="0.5", linewidth=1)
-        above.set(title=f"{_title(index)}, r {_number(3, _plain(a['r']))}", xlabel=f"annotation, {unit}")
+        above.set(title=f"{index_name(index)}, r {format_number(3, a['r'])}", xlabel=f"annotation, {unit}")
         below.plot((x + y) / 2, x - y, "o", color="#2a6fb0", alpha=0.7)
         for level, style in ((a["bias"], "-"), (a["bias"] - 1.96 * a["sd"], "--"), (a["bias"] + 1.96 * a["sd"], "--")):
             if np.isfinite(level):
                 below.axhline(level, color="#c23b4b", linestyle=style, linewidth=1)
-        below.set(title=f"bias {_number(1, *map(_plain, (a['bias'], a['sd'])))} {unit}", xlabel=f"mean, {unit}")
+        below.set(title=f"bias {format_number(1, a['bias'], a['sd'])} {unit}", xlabel=f"mean, {unit}")
         for ax in (above, below):
             ax.grid(alpha=0.25)
     axes[0, 0].set_ylabel("prediction")
     axes[1, 0].set_ylabel("prediction - annotation")
     figure.savefig(path, dpi=90)
-
-
-def draw_volumes(path, title, ml, phases, indices):
-    """ml (T, 3) of RV, MYO, LV, phases {"ED": frame, "ES": frame} from 0, indices -> a PNG of the ventricles' volume
-    over time."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    ax, frames = figure.subplots(), np.arange(1, len(ml) + 1)
-    for name, i, color in (("LV", 2, COLORS["LV"]), ("RV", 0, "#0d8fc4")):
-        label = f"{name}, EF {_number(1, _plain(indices[f'{name.lower()}_ef']))} %" if indices else name
-        ax.plot(frames, ml[:, i], "o-", color=color, label=label, linewidth=2, markersize=4)
-    for phase, t in phases.items():
-        ax.axvline(t + 1, color="0.6", linestyle="--", linewidth=1)
-        late = t > len(ml) / 2                                       # its text to the left, or it leaves the axes
-        ax.annotate(f"{phase}, frame {t + 1}", (t + 1, 1), xycoords=("data", "axes fraction"),
-                    xytext=(-4 if late else 4, -12), textcoords="offset points", ha="right" if late else "left",
-                    color="0.35", fontsize=9)
-    ax.set(title=title, xlabel="frame", ylabel="volume, ml", ylim=(0, 1.15 * max(1, ml[:, [0, 2]].max())))
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.grid(alpha=0.25)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    figure.savefig(path, dpi=110)
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation
@@ -312,7 +274,7 @@ def evaluate_checkpoint(path, out, data=None, split="test", which=None, device="
     trained_on = str(config.get("data") or "") if isinstance(config, dict) else ""
     root = Path(data or (trained_on if trained_on and Path(trained_on).is_dir() else "data/ACDC"))
     names = _names(root, split, config.get("labeled") if isinstance(config, dict) else None)
-    with _staging(Path(out), RESULTS) as folder:
+    with staging(Path(out), RESULTS) as folder:
         rows, cases, preds, seconds = [], [], {}, []
         for name in tqdm(names, desc=f"{split} of {root}", unit="volume", disable=None, leave=False):
             v = data_prep.read_volume(root, name)
@@ -344,10 +306,10 @@ def evaluate_checkpoint(path, out, data=None, split="test", which=None, device="
             clinical={k: {"unit": INDICES[k], **agreement(*columns[k])} for k in INDICES} if clinical else None,
             uncertainty={k: {x: agreement(*_case_means(rows, k, "dice"))[x] for x in ("n", "r")}
                          for k in ("entropy", "disagreement")})
-        summary = _plain(summary)
-        _write_csv(folder / "metrics.csv", rows)
+        summary = plain(summary)
+        write_csv(folder / "metrics.csv", rows)
         if clinical:
-            _write_csv(folder / "clinical.csv", clinical)
+            write_csv(folder / "clinical.csv", clinical)
             if cases:
                 draw_agreement(folder / "clinical.png", clinical)
         write_report(folder, summary, config)
@@ -386,14 +348,14 @@ def _case_rows(v, result, scores):
              **{m: scores[m][i] if scores else np.nan for m in METRICS},
              "one_empty": int(scores["one_empty"][i]) if scores else None,
              "volume_ml": ml[0][i], "annotation_ml": ml[1][i],
-             "entropy": _mean(result.entropy[result.labels == i + 1]), "disagreement": result.disagreement[i]}
+             "entropy": mean(result.entropy[result.labels == i + 1]), "disagreement": result.disagreement[i]}
             for i, c in enumerate(CLASSES)]
 
 
 def _case_means(rows, *keys):
     """Per key the volumes' means over the classes that have a value."""
     volumes = [rows[i:i + len(CLASSES)] for i in range(0, len(rows), len(CLASSES))]
-    return [[_mean([r[key] for r in volume if np.isfinite(r[key])]) for volume in volumes] for key in keys]
+    return [[mean([r[key] for r in volume if np.isfinite(r[key])]) for volume in volumes] for key in keys]
 
 
 def _clinical_rows(rows):
@@ -417,7 +379,7 @@ def _draw_cases(folder, root, split, rows, preds):
     of the split is drawn in the best one's place."""
     patients = {r["patient"]: [x for x in rows if x["patient"] == r["patient"]] for r in rows}
     dices = {p: [r["dice"] for r in of if np.isfinite(r["dice"])] for p, of in patients.items()}
-    scores = {p: _mean(s) for p, s in dices.items() if s}
+    scores = {p: mean(s) for p, s in dices.items() if s}
     order = sorted(scores, key=scores.get, reverse=True) or list(patients)[:1]
     drawn = {}
     for kind, i in zip(PICTURES, (0, len(order) - 1, (len(order) - 1) // 2), strict=True):
@@ -432,151 +394,10 @@ def _draw_cases(folder, root, split, rows, preds):
     return drawn
 
 
-# ------------------------------------------------------------------------------------------------------- prediction
-
-def find_images(paths):
-    """Files, and folders of them, to {NIfTI file: name of its results, relative, without extension}, no name twice.
-
-    A folder gives every *.nii and *.nii.gz below it but those of SKIPPED. Names are the files' own, or from the folder
-    given on; where two would be the same, from the deepest folder that holds all. Raises DataError.
-    """
-    found = {}
-    for path in map(Path, paths):
-        if not os.path.exists(path):
-            raise DataError(f"{path}: no such file or folder")
-        inside = [path] if not path.is_dir() else sorted(
-            p for p in path.rglob("*.nii*") if NIFTI.search(p.name) and not SKIPPED.search(p.name))
-        if not inside:
-            raise DataError(f"{path}: holds no .nii or .nii.gz to segment")
-        for p in inside:
-            found.setdefault(p.resolve(), (p, p.relative_to(path) if path.is_dir() else Path(p.name)))
-    common = os.path.commonpath([p.parent for p in found])
-    sources, given = zip(*found.values(), strict=True)
-    full = [p.relative_to(common) for p in found]
-    bare = [[n.with_name(NIFTI.sub("", n.name)) for n in names] for names in (given, full)]
-    return dict(zip(sources, next((b for b in bare if len(set(b)) == len(b)), full), strict=True))
-
-
-def predict_file(nets, source, stem, inference, find=True, component=True, entropy=False):
-    """Segment one NIfTI file, write the results that the head of this file names to `stem`_*, return the row of
-    predictions.csv. DataError, ValueError, MemoryError or OSError, and then nothing was written."""
-    if not (NIFTI.search(source.name) and source.is_file()):
-        raise DataError(f"{source}: not a NIfTI file by its name and kind; give .nii or .nii.gz")
-    array, spacing, nifti = data_prep.load_nifti(source)
-    data_prep.require(all(FIELD[0] <= n * s <= FIELD[1] for n, s in zip(array.shape[-2:], spacing[1:], strict=True)),
-                      source, f"slices of {array.shape[-2]} x {array.shape[-1]} pixels of {spacing[1]:g} x "
-                      f"{spacing[2]:g} mm cannot be a chest", "write the true zooms, in mm, into it")
-    frames = array.reshape(-1, *array.shape[-3:])                                                  # (T, Z, Y, X)
-    focus = find_heart(nets[0], frames[0], spacing, **inference) if find else {}
-    labels, maps, rows = np.empty(frames.shape, np.uint8), [], []
-    for t, frame in enumerate(tqdm(frames, desc=source.name, unit="frame", disable=None if len(frames) > 1 else True,
-                                   leave=False)):
-        result = segment(nets, frame, inference | focus, component)
-        labels[t] = result.labels
-        maps += [result.entropy] if entropy else []
-        ml = dict(zip((f"{c.lower()}_ml" for c in CLASSES), volumes_ml(result.labels, spacing), strict=True))
-        rows.append(dict(frame=t + 1, phase="", **ml, entropy=_mean(result.entropy[result.labels > 0]),
-                         disagreement=_mean(result.disagreement)))
-    ml = np.array([[r[f"{c.lower()}_ml"] for c in CLASSES] for r in rows])                         # (T, 3)
-    title = source.name.encode("utf-8", "replace").decode().replace("$", r"\$")       # as matplotlib takes any name
-    cavity = np.where(ml[:, 2] > 0, ml[:, 2], np.inf)                    # a frame without any is a failure, not systole
-    cine = np.isfinite(cavity).sum() > 1
-    phases = dict(zip(PHASES, (int(ml[:, 2].argmax()), int(cavity.argmin())), strict=True)) if cine else {}
-    indices = clinical_indices(*(ml[t] for t in phases.values())) if cine else {}
-    shown = []
-    for phase, t in phases.items() or (("", 0),):
-        rows[t]["phase"] = phase
-        volume = data_prep.Volume(source.name, frames[t].astype(np.float32), None, spacing, None)
-        shown.append((f"{phase}, frame {t + 1}" if phase else "", volume, labels[t]))
-    axes = "".join(map(str, nib.aff2axcodes(np.nan_to_num(nifti.affine))))
-    with _staging(stem.parent, [f"{stem.name}_{k}" for k in PREDICTED]) as folder:
-        draw_overlay(folder / f"{stem.name}_overlay.png", title, shown)
-        if len(frames) > 1:
-            draw_volumes(folder / f"{stem.name}_volumes.png", title, ml, phases, indices)
-        _write_csv(folder / f"{stem.name}_volumes.csv", rows)
-        _save_like(nifti, labels, folder / f"{stem.name}_seg.nii.gz")
-        if entropy:
-            _save_like(nifti, np.array(maps), folder / f"{stem.name}_entropy.nii.gz")
-    return dict(file=str(source), frames=len(frames), axes=axes, **{k: t + 1 for k, t in phases.items()}, **indices,
-                entropy=_mean([r["entropy"] for r in rows]), disagreement=_mean([r["disagreement"] for r in rows]))
-
-
-def _save_like(nifti, array, path):
-    """(T, Z, Y, X) -> NIfTI with the header of `nifti`: its zooms, forms and units stay, whatever they say."""
-    header = nifti.header.copy()
-    header.set_data_dtype(array.dtype)
-    header["cal_min"] = header["cal_max"] = 0                                # the source's window of display
-    nib.save(type(nifti)(array.reshape(nifti.shape[::-1]).T, nifti.affine, header), path)
-
-
-def predict(nets, inference, paths, out, **options):
-    """Segment files and folders into `out`, as predict_file; a bad file is reported and the others are done. Returns
-    the number of bad ones. Raises DataError before anything is written, OSError where `out` takes no more."""
-    images, out = find_images(paths), Path(out)
-    for source, name in images.items():
-        if (out / name).parent.resolve() == source.resolve().parent:
-            raise DataError(f"--out {out}: holds {source}; give a folder apart, so that no file there is replaced")
-    table = []
-    columns = ("file", "frames", "axes", *PHASES, *INDICES, "entropy", "disagreement", "error")
-    try:
-        for source, name in tqdm(images.items(), desc="predict", unit="file", disable=None, leave=False):
-            try:
-                row = predict_file(nets, source, out / name, inference, **options)
-                text = f"{source}: {row['frames']} frame{'s' * (row['frames'] > 1)}"
-                if "ED" in row:
-                    text += f", ED {row['ED']}, ES {row['ES']}; " + ", ".join(
-                        f"{_title(k)} {_number(1, _plain(row[k]))} {unit}" for k, unit in INDICES.items())
-                tqdm.write(text)
-                if row["axes"][:2] != "LP":
-                    tqdm.write(f"evaluate.py: {source}: axes {row['axes']}, ACDC's are LPS: does the RV lie left of "
-                               "the LV in the overlay?", file=sys.stderr)
-            except (DataError, ValueError, RuntimeError, MemoryError) as error:
-                text = str(error) if isinstance(error, DataError) else f"{source}: {data_prep.one_line(error)}"
-                tqdm.write(f"evaluate.py: {text}", file=sys.stderr)
-                row = dict(file=str(source), error=text)
-            table.append(row)
-    finally:                                                               # Ctrl-C, a full disk: of what is done
-        if table:
-            with _staging(out, ["predictions.csv"]) as folder:
-                _write_csv(folder / "predictions.csv", [{c: row.get(c) for c in columns} for row in table])
-    failed = sum("error" in row for row in table)
-    print(f"{out}: {len(table) - failed} of {len(table)} files segmented; predictions.csv lists them")
-    return failed
-
-
-def time_inference(nets, inference, device="cpu", slices=10, frames=30):
-    """Seconds per frame of `slices` x 256 x 216 at 1.4 mm, (frames,) each -> {"torch fp32": ..., "torch bf16": ...,
-    "onnxruntime": ... where installed}. The image is noise, which costs as much as a heart."""
-    net, rng = nets[0], np.random.default_rng(0)
-    frame = rng.random((slices, 256, 216), np.float32)
-
-    def fp32():
-        segment_volume(net, frame, **inference)
-    ways = {"torch fp32": fp32, "torch bf16": torch.autocast(torch.device(device).type, torch.bfloat16)(fp32)}
-    if all(map(importlib.util.find_spec, ("onnxscript", "onnxruntime"))):
-        import onnxruntime
-        with tempfile.TemporaryDirectory() as folder:
-            models.export_onnx(net, Path(folder) / "net.onnx", {})
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = torch.get_num_threads()
-            session = onnxruntime.InferenceSession(Path(folder) / "net.onnx", options,
-                                                   providers=["CPUExecutionProvider"])
-        size, whole = inference["size"], inference.get("view") == "whole"
-        seen = np.resize(frame, (len(frame), 1, *(size if whole else min(size, n) for n in frame.shape[1:])))
-        ways["onnxruntime"] = lambda: session.run(None, {"slices": seen})[0].argmax(1)
-    seconds = {name: [] for name in ways}
-    for _ in range(frames + 1):                                # in turns, so that other work on the machine slows all
-        for name, run in ways.items():
-            began = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - began)
-    return {name: np.array(times[1:]) for name, times in seconds.items()}                   # the first one warms up
-
-
 # ----------------------------------------------------------------------------------------------------------- output
 
 @contextmanager
-def _staging(out, names):
+def staging(out, names):
     """A temporary folder whose files `names` move into `out` on success; after an error `out` is as it was."""
     parent = next(p for p in (out, *out.absolute().parents) if p.exists())
     with tempfile.TemporaryDirectory(dir=parent, prefix=".evaluate-") as temporary:
@@ -592,26 +413,26 @@ def _staging(out, names):
             os.replace(fresh, out / name)
 
 
-def _plain(x):
+def plain(x):
     """Numpy numbers to Python's, NaN to None: strict JSON."""
     if isinstance(x, dict):
-        return {k: _plain(v) for k, v in x.items()}
+        return {k: plain(v) for k, v in x.items()}
     if isinstance(x, (float, np.floating)):
         return float(x) if np.isfinite(x) else None
     return x
 
 
-def _write_csv(path, rows):
+def write_csv(path, rows):
     """A float with six digits, NaN and None as an empty cell."""
     with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as f:             # a file's odd name
         writer = csv.DictWriter(f, rows[0])
         writer.writeheader()
         for row in rows:
-            row = {k: _plain(v) for k, v in row.items()}
+            row = {k: plain(v) for k, v in row.items()}
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
-def _title(index):
+def index_name(index):
     return index.upper().replace("_", " ").replace("MYO MASS", "mass")
 
 
@@ -623,11 +444,12 @@ def tables(s):
         found.append([["", *(METRICS[m] for m in shown)]])
         for c in (*CLASSES, "mean"):
             cells = [(2 if "_" in m else 4, s["metrics"][m][c]) for m in shown]       # voxels and mm want two digits
-            found[-1].append([c, *(_number(d, x["mean"], x["sd"]) for d, x in cells)])
+            found[-1].append([c, *(format_number(d, x["mean"], x["sd"]) for d, x in cells)])
     if s["clinical"] and s["scored"]:
         found.append([["clinical", "unit", "bias ± SD", "r", "n"]])
         for k, x in s["clinical"].items():
-            found[-1].append([_title(k), x["unit"], _number(1, x["bias"], x["sd"]), _number(3, x["r"]), str(x["n"])])
+            bias = format_number(1, x["bias"], x["sd"])
+            found[-1].append([index_name(k), x["unit"], bias, format_number(3, x["r"]), str(x["n"])])
     return found
 
 
@@ -645,8 +467,9 @@ def sentences(s):
     if s["scored"]:
         empty = ", ".join(f"{c} {n}" for c, n in s["one_empty"].items())
         after.append(f"one empty, the other not (Dice 0, distances = the volume's diagonal): {empty}")
-        after += [f"{k} against Dice, {x['n']} volumes: r {_number(3, x['r'])}" for k, x in s["uncertainty"].items()
-                  if x["n"] > 2]
+        for k, x in s["uncertainty"].items():
+            if x["n"] > 2:
+                after.append(f"{k} against Dice, {x['n']} volumes: r {format_number(3, x['r'])}")
     if s["with_spacing"] < s["volumes"]:
         after.append(f"{s['volumes'] - s['with_spacing']} volumes carry no spacing (the community's copy has none): "
                      "their distances are in voxels only, and clinical indices leave them out; data_prep.py writes the "
@@ -702,92 +525,74 @@ def write_report(folder, summary, config):
         errors="backslashreplace")
 
 
-def _number(digits, *values):
+def format_number(digits, *values):
     """Mean and deviation, or one value; "-" for what is undefined."""
-    return " ± ".join("-" if x is None else f"{x:.{digits}f}" for x in values)
+    return " ± ".join("-" if plain(x) is None else f"{x:.{digits}f}" for x in values)
 
 
 # ------------------------------------------------------------------------------------------------------------- main
 
-def main(argv=None):
-    """The command line -> exit code: 0, 1 where --predict met bad files, 2 for a user's error, 130 for Ctrl-C."""
-    parser = data_prep.Parser(prog="evaluate.py", description=__doc__.splitlines()[0], usage=(
-        "%(prog)s CHECKPOINT [options]\n       %(prog)s CHECKPOINT --predict PATH... | --onnx FILE | --time [options]"))
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="best.pt of a run")
-    modes = parser.add_argument_group("instead of an evaluation").add_mutually_exclusive_group()
-    modes.add_argument("--predict", nargs="+", metavar="PATH", help="segment NIfTI files, and those in folders")
-    modes.add_argument("--onnx", type=Path, metavar="FILE", help="export the network")
-    modes.add_argument("--time", action="store_true", help="measure ms per slice and per cine on this machine")
-    group = parser.add_argument_group("evaluation")
-    group.add_argument("--data", type=Path, help="prepared folder [the one trained on if it is there, or data/ACDC]")
-    group.add_argument("--split", choices=(*SPLITS, "unlabeled"),
-                       help="[test]; unlabeled: the train patients whose labels the run did not get")
-    group = parser.add_argument_group("evaluation and prediction")
-    group.add_argument("--out", type=Path, help="folder for the results [CHECKPOINT's folder/SPLIT, or predictions]")
-    group.add_argument("--which", choices=("student", "coteacher"), help="network [the better one on val]")
-    group.add_argument("--find-heart", action=argparse.BooleanOptionalAction,
-                       help="any spacing, a heart off the centre [on in prediction]")
-    group.add_argument("--largest-component", action=argparse.BooleanOptionalAction,
-                       help="of each class, nothing else [on in prediction]")
-    group.add_argument("--entropy", action="store_true", help="prediction: the uncertainty too, as NIfTI")
+def add_network_options(parser, on):
+    """--which, --gpu, --cpu, and --find-heart and --largest-component, which are `on` by default or not."""
+    default = "[on]" if on else "[off; predict.py: on]"
+    group = parser.add_argument_group("network")
+    group.add_argument("--which", choices=("student", "coteacher"), help="[the better one on val]")
+    group.add_argument("--find-heart", action=argparse.BooleanOptionalAction, default=on,
+                       help=f"any spacing, a heart off the centre {default}")
+    group.add_argument("--largest-component", action=argparse.BooleanOptionalAction, default=on,
+                       help=f"of each class, nothing else {default}")
     device = parser.add_argument_group("device").add_mutually_exclusive_group()
     device.add_argument("--gpu", type=int, metavar="N", help="CUDA device [the first, if any]")
     device.add_argument("--cpu", action="store_true", help="run on the CPU")
-    args = parser.parse_args(argv)
-    if args.entropy and not args.predict:
-        parser.error("--entropy goes with --predict")
-    if (args.data or args.split) and (args.predict or args.onnx or args.time):
-        parser.error(f"--{'data' if args.data else 'split'} goes with an evaluation")
-    split = args.split or "test"
-    out = args.onnx or args.out or (Path("predictions") if args.predict else args.checkpoint.parent / split)
-    find, component = (bool(args.predict) if x is None else x for x in (args.find_heart, args.largest_component))
+
+
+@contextmanager
+def names_target(target, option="--out"):
+    """An OSError within becomes the DataError that names what could not be written, and the remedy."""
     try:
+        yield
+    except OSError as e:
+        raise DataError(f"{target}: {e.strerror or e}; choose another {option} or free some space") from None
+
+
+def parse(argv):
+    parser = data_prep.Parser(prog="evaluate.py", description=__doc__.splitlines()[0],
+                              usage="%(prog)s CHECKPOINT [options]")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="best.pt of a run")
+    moved = ("--predict", "--onnx", "--time", "--entropy")
+    parser.add_argument(*moved, dest="moved", nargs="*", help=argparse.SUPPRESS)
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--data", type=Path, help="prepared folder [the one trained on if it is there, or data/ACDC]")
+    group.add_argument("--split", choices=(*SPLITS, "unlabeled"), default="test",
+                       help="[test]; unlabeled: the train patients whose labels the run did not get")
+    group.add_argument("--out", type=Path, metavar="DIR", help="folder for the results [CHECKPOINT's folder/SPLIT]")
+    add_network_options(parser, on=False)
+    args = parser.parse_args(argv)
+    if args.moved is not None:
+        parser.error("predict.py does this: python predict.py CKPT PATH...")
+    return args
+
+
+def work(args):
+    """What the command line asks for."""
+    out = args.out or args.checkpoint.parent / args.split
+    with names_target(out):
         device = pick_device(args.gpu, args.cpu)
-        torch.backends.cudnn.allow_tf32 = False                                    # a GPU's scores as a CPU's
-        if args.predict or args.onnx or args.time:
-            nets, checkpoint = load_networks(args.checkpoint, device, args.which)
-            inference = checkpoint["inference"]
-        if args.predict:
-            options = dict(find=find, component=component, entropy=args.entropy)
-            return 1 if predict(nets, inference, args.predict, out, **options) else 0
-        if args.onnx:
-            if not importlib.util.find_spec("onnxscript"):
-                raise DataError("--onnx wants the package onnxscript: pip install onnxscript")
-            classes = ",".join(("background", *CLASSES))
-            steps = ("central window of" if inference["view"] == "heart" else "whole slice resized to") + \
-                " size x size pixels; the graph standardises each slice; argmax of the logits"
-            opset = models.export_onnx(nets[0].cpu(), args.onnx, dict(
-                classes=classes, preprocessing=steps, size=str(inference["size"]), view=inference["view"]))
-            print(f"{out}: ONNX opset {opset}, {out.stat().st_size / 1e6:.1f} MB; classes {classes}; {steps}")
-            return 0
-        if args.time:
-            for name, seconds in time_inference(nets, inference, device).items():
-                print(f"{name:12} {100 * np.median(seconds):7.2f} ms per slice (fastest {100 * min(seconds):.2f}) "
-                      f"{sum(seconds):7.2f} s per cine of 30 frames of 10 slices "
-                      f"({models.describe_device('cpu' if name == 'onnxruntime' else device)}, window "
-                      f"{inference['size']})")
-            return 0
-        summary = evaluate_checkpoint(args.checkpoint, out, args.data, split, args.which, device, find, component)
-    except (CheckpointError, DataError, models.DeviceError, OSError) as error:
-        text = error if not isinstance(error, OSError) else f"{out}: {error.strerror or error}; choose another " \
-            f"{'FILE' if args.onnx else '--out'} or free some space"
-        print(f"evaluate.py: {text}", file=sys.stderr)
-        return 2
-    except (RuntimeError, MemoryError) as error:
-        if not data_prep.out_of_memory(error):
-            raise
-        print(f"evaluate.py: out of memory ({data_prep.one_line(error)}); --cpu may have more", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"evaluate.py: interrupted; {'what is there is whole' if args.predict else 'nothing was written'}",
-              file=sys.stderr)
-        return 130
+        torch.backends.cudnn.allow_tf32 = False                                        # a GPU's scores as a CPU's
+        summary = evaluate_checkpoint(args.checkpoint, out, args.data, args.split, args.which, device, args.find_heart,
+                                      args.largest_component)
     print_table(summary)
     unscored = summary["volumes"] - summary["scored"]
     if unscored:
         print(f"evaluate.py: {unscored} of {summary['volumes']} volumes have no annotation: predicted, not scored",
               file=sys.stderr)
-    return 0
+
+
+def main(argv=None):
+    """The command line -> exit code: 0, 2 for a user's error, 130 for Ctrl-C."""
+    args = parse(argv)
+    return data_prep.exit_code("evaluate.py", lambda: work(args), (CheckpointError, DeviceError), "nothing was written",
+                               "--cpu may have more")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@
     focus = find_heart(net, volume, spacing, **checkpoint["inference"])  # another scanner, a heart off the centre
     labels = segment_volume(net, volume, **checkpoint["inference"], **focus)
 """
-import logging
 import os
 import platform
 import sys

@@ -1,10 +1,13 @@
 """evaluate.py: metrics against hand-made values and medpy, figures of a whole evaluation against an oracle, faults."""
+import base64
 import csv
 import errno
+import io
 import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,16 +16,16 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from medpy.metric import binary
 from PIL import Image
 
 import data_prep
 import evaluate
-from models import UNet, load_model, save_checkpoint, segment_volume
+from models import UNet, largest_component, load_model, save_checkpoint, segment_volume
 
 SCRIPT = Path(evaluate.__file__)
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ACDC = SCRIPT.parent.parent / "shared" / "acdc" / "published_h5"
 SPACING = (8.0, 1.5, 1.25)                                         # z, y, x in mm
 
@@ -288,16 +291,17 @@ def test_an_overlay_names_its_panels_and_shows_both_ends(monkeypatch, tmp_path):
     assert [ax.get_ylabel() for ax in axes[::3]] == ["basal, slice 2", "mid, slice 4", "apical, slice 5"]
 
 
-def test_marks_of_a_late_frame_stay_inside_the_curve(monkeypatch, tmp_path):
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
-    evaluate.draw_volumes(tmp_path / "x.png", "title", np.full((12, 3), 50.0), {"ED": 11, "ES": 0}, {})
-    figure = drawn[0]
-    FigureCanvasAgg(figure).draw()
-    (ax,) = figure.axes
-    inside = ax.get_window_extent()
-    assert len(ax.texts) == 2
-    assert all(inside.x0 <= t.get_window_extent().x0 and t.get_window_extent().x1 <= inside.x1 for t in ax.texts)
+def test_largest_component_by_hand():
+    labels = np.zeros((3, 6, 8), np.uint8)
+    labels[0, :2, :2] = labels[1, 0, 0] = 1                         # 5 voxels, over two slices
+    labels[0, 4, 4:7] = 1                                          # 3: goes
+    labels[2, 2, 2], labels[2, 3, 3] = 3, 3                        # joined by a corner only: one of them goes
+    kept = largest_component(labels)
+    assert (kept == 1).sum() == 5
+    assert (kept[0, 4] == 0).all()
+    assert (kept == 3).sum() == 1
+    assert kept.dtype == np.uint8
+    assert (largest_component(np.zeros((2, 3, 3), np.uint8)) == 0).all()
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -552,6 +556,78 @@ def test_faults_of_options_and_disk(capsys, monkeypatch, tmp_path, checkpoint, f
         raise OSError(errno.ENOSPC, "No space left on device")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "note").write_text("kept")
-    monkeypatch.setattr(evaluate, "_write_csv", full)
+    monkeypatch.setattr(evaluate, "write_csv", full)
     assert "out: No space left" in one_line(*run(capsys, *args, "--out", tmp_path / "out"))
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["note"]
+
+
+def test_help_fits_a_screen(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as error:
+        evaluate.main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert error.value.code == 0
+    assert len(lines) <= 45
+    assert {"evaluation:", "network:", "device:"} <= set(lines)
+    text = " ".join(" ".join(lines).split())
+    for default in ("[test]", "[the better one on val]", "[off; predict.py: on]", "data/ACDC", "folder/SPLIT"):
+        assert default in text
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_options_reach_the_evaluation(capsys, monkeypatch, tmp_path, checkpoint):
+    """--largest-component and --find-heart raise the score of a heart off the centre with a second blob; the table
+    and summary.json say so; without them neither is done."""
+    root = write_root(tmp_path / "prepared", {"val": ["patient028"]})
+    monkeypatch.setattr(evaluate, "draw_agreement", lambda path, rows: path.write_text("") and None)
+    monkeypatch.setattr(evaluate, "write_report", lambda *_: None)
+    asked = []
+    monkeypatch.setattr(evaluate, "largest_component", lambda labels: asked.append("component") or labels)
+    monkeypatch.setattr(evaluate, "find_heart", lambda *a, **k: asked.append("find") or {})
+    for options, expected in ((["--find-heart", "--largest-component"], {"component", "find"}), ([], set())):
+        asked.clear()
+        code, stdout, _ = run(capsys, checkpoint, "--data", root, "--split", "val", "--out", tmp_path / "o", *options)
+        assert code == 0
+        assert set(asked) == expected
+        summary = json.loads((tmp_path / "o" / "summary.json").read_text())
+        assert (summary["find_heart"], summary["largest_component"]) == (bool(expected), bool(expected))
+        assert ("heart found and resampled, largest component per class" in stdout) == bool(expected)
+
+
+def browse(tmp_path, page, *args):
+    """Offline, a profile of its own."""
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+             "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}"]
+    return subprocess.run([CHROMIUM, *flags, *args, page.as_uri()], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium: apt-get install chromium")
+def test_report_in_a_browser(capsys, tmp_path, checkpoint):
+    """Figures of the summary in the page that a browser builds; every picture is inside, and is painted; markup in a
+    name stays text."""
+    root = write_root(tmp_path / "a <b>&", {"val": ["patient028", "patient085", "patient082"]})
+    out = tmp_path / "out"
+    assert run(capsys, checkpoint, "--data", root, "--split", "val", "--out", out)[0] == 0
+    summary = json.loads((out / "summary.json").read_text())
+    alone = tmp_path / "elsewhere.html"
+    shutil.move(out / "report.html", alone)
+    shutil.rmtree(out)
+    dom = browse(tmp_path, alone, "--dump-dom").stdout
+    dice = summary["metrics"]["dice"]["mean"]
+    assert f"<td>{dice['mean']:.4f} ± {dice['sd']:.4f}</td>" in dom
+    assert f"<td>{summary['clinical']['lv_ef']['r']:.3f}</td>" in dom
+    assert "a &lt;b&gt;&amp;" in dom
+    assert "<b>" not in dom
+    assert "largest_component" in dom                                                   # the configuration
+    pictures = re.findall(r'<img[^>]* src="([^"]*)"', dom)
+    assert len(pictures) == 4
+    assert not re.search(r'(src|href)="(?!data:)', dom)
+    shot = tmp_path / "shot.png"
+    browse(tmp_path, alone, f"--screenshot={shot}", "--window-size=1200,6000")
+    pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
+    for color in (*evaluate.COLORS.values(), "#2a6fb0", "#c23b4b"):                      # contours, dots, bias
+        rgb = [int(color[i:i + 2], 16) for i in (1, 3, 5)]
+        assert (np.abs(pixels - rgb).sum(-1) < 90).sum() > 200, color
+    sizes = [Image.open(io.BytesIO(base64.b64decode(p.partition(",")[2]))).size for p in pictures]
+    black = (pixels.max(-1) < 30).sum()                                                 # the overlays' background
+    assert black > 0.1 * sum(w * h for w, h in sizes[1:])

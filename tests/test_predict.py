@@ -1,9 +1,6 @@
 """evaluate.py --predict, --onnx, --time and report.html: geometry, cines, other scanners, faults, kills, a browser."""
-import base64
 import errno
 import gzip
-import io
-import json
 import math
 import os
 import re
@@ -19,15 +16,18 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy import ndimage
-from test_evaluate import heart, one_thread, read_csv, run, save, train_student, write_root  # noqa: F401
+from test_evaluate import heart, one_thread, read_csv, save, train_student, write_root  # noqa: F401
 
 import data_prep
 import evaluate
+import predict
 from models import PIXEL, UNet, find_heart, largest_component, load_model, segment_volume, standardize
 
-SCRIPT = Path(evaluate.__file__)
+SCRIPT = Path(predict.__file__)
 DATABASE = SCRIPT.parent.parent / "shared" / "acdc" / "database"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_acdc = pytest.mark.skipif(not DATABASE.is_dir(), reason="no ACDC files in ../shared/acdc")
@@ -49,8 +49,14 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Most of a prediction's time here; drawn in the tests that look at them."""
-    for name in ("draw_overlay", "draw_volumes"):
-        monkeypatch.setattr(evaluate, name, lambda path, *_: path.write_text("drawn"))
+    for owner, name in ((evaluate, "draw_overlay"), (predict, "draw_volumes")):
+        monkeypatch.setattr(owner, name, lambda path, *_: path.write_text("drawn"))
+
+
+def run(capsys, *args):
+    """-> exit code, stdout, stderr of predict.py in this process."""
+    code = predict.main([str(a) for a in args])
+    return code, *capsys.readouterr()
 
 
 def write_nifti(path, array, spacing=(8, PIXEL, PIXEL), dtype=np.float32, slope=None, order="<", kind=nib.Nifti1Image):
@@ -114,7 +120,7 @@ def test_geometry_survives_on_every_dtype(capsys, tmp_path, checkpoint):
         suffix = ".nii" if name in ("big", "uint8") else ".nii.gz"
         write_nifti(tmp_path / "in" / (name + suffix), frame(), spacing, **more)
         write_nifti(tmp_path / "in" / (name + "_4d" + suffix), cine()[:2], spacing, **more)
-    code, _, stderr = run(capsys, checkpoint, "--predict", tmp_path / "in", "--out", tmp_path / "out", "--entropy")
+    code, _, stderr = run(capsys, checkpoint, tmp_path / "in", "--out", tmp_path / "out", "--entropy")
     assert (code, stderr) == (0, "")
     sources = sorted((tmp_path / "in").iterdir())
     assert len(sources) == 20
@@ -158,7 +164,7 @@ def test_geometry_survives_on_every_dtype(capsys, tmp_path, checkpoint):
 def test_real_cine_and_official_patients(capsys, tmp_path, checkpoint):
     sitk = pytest.importorskip("SimpleITK", reason="pip install SimpleITK")
     sources = [DATABASE / "training" / "patient090" / "patient090_4d.nii.gz", DATABASE / "testing"]
-    code, stdout, stderr = run(capsys, checkpoint, "--predict", *sources, "--out", tmp_path)
+    code, stdout, stderr = run(capsys, checkpoint, *sources, "--out", tmp_path)
     assert (code, stderr) == (0, "")
     assert "5 of 5 files" in stdout                                                     # no _gt among them
     for path, source in ((tmp_path / "patient090_4d_seg.nii.gz", sources[0]),
@@ -177,7 +183,7 @@ def test_real_cine_and_official_patients(capsys, tmp_path, checkpoint):
 def test_cine(capsys, tmp_path, checkpoint):
     """Volumes, ED, ES, EF and mass from the label maps that were written; curve and overlay; predictions.csv."""
     source = write_nifti(tmp_path / "in" / "cine.nii.gz", cine())
-    code, stdout, _ = run(capsys, checkpoint, "--predict", source, "--out", tmp_path / "out")
+    code, stdout, _ = run(capsys, checkpoint, source, "--out", tmp_path / "out")
     assert code == 0
     assert results(tmp_path / "out") == {"cine": RESULTS | {"_volumes.png"}}
     labels = np.asanyarray(nib.load(tmp_path / "out" / "cine_seg.nii.gz").dataobj).T
@@ -215,7 +221,7 @@ def test_a_frame_without_a_cavity_is_not_systole(capsys, tmp_path, checkpoint, m
     real, failed = evaluate.segment, cine()[2]
     monkeypatch.setattr(evaluate, "segment", segment)
     source = write_nifti(tmp_path / "cine.nii.gz", cine())
-    run(capsys, checkpoint, "--predict", source, "--out", tmp_path / "out")
+    run(capsys, checkpoint, source, "--out", tmp_path / "out")
     row, = read_csv(tmp_path / "out" / "predictions.csv")
     assert (row["ED"], row["ES"]) == ("2", "5")
     assert read_csv(tmp_path / "out" / "cine_volumes.csv")[2]["lv_ml"] == "0"
@@ -225,7 +231,7 @@ def test_nothing_found(capsys, tmp_path, checkpoint):
     """No heart: empty label maps, no phases, no EF, and every file all the same; a cine of one frame is no cine."""
     write_nifti(tmp_path / "in" / "flat.nii", np.zeros((2, 3, 40, 40), np.float32))
     write_nifti(tmp_path / "in" / "single.nii", cine()[:1])
-    code, _, stderr = run(capsys, checkpoint, "--predict", tmp_path / "in", "--out", tmp_path / "out")
+    code, _, stderr = run(capsys, checkpoint, tmp_path / "in", "--out", tmp_path / "out")
     assert (code, stderr) == (0, "")
     assert results(tmp_path / "out") == {"flat": RESULTS | {"_volumes.png"}, "single": RESULTS}
     flat, single = read_csv(tmp_path / "out" / "predictions.csv")
@@ -240,7 +246,7 @@ def test_nothing_found(capsys, tmp_path, checkpoint):
 def test_uncertainty(capsys, tmp_path, checkpoint):
     """Disagreement and entropy by hand; without a second network an empty cell, without --entropy no map."""
     source = write_nifti(tmp_path / "scan.nii", frame())
-    args = ["--predict", source, "--out", tmp_path / "out", "--no-find-heart", "--no-largest-component"]
+    args = [source, "--out", tmp_path / "out", "--no-find-heart", "--no-largest-component"]
     assert run(capsys, checkpoint, *args, "--entropy")[0] == 0
     row = read_csv(tmp_path / "out" / "scan_volumes.csv")[0]
     (student, content), (coteacher, _) = (load_model(checkpoint, which=w) for w in ("student", "coteacher"))
@@ -264,6 +270,18 @@ def test_uncertainty(capsys, tmp_path, checkpoint):
     np.testing.assert_array_equal(np.asanyarray(nib.load(tmp_path / "out" / "scan_seg.nii.gz").dataobj).T, other)
 
 
+def test_marks_of_a_late_frame_stay_inside_the_curve(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
+    predict.draw_volumes(tmp_path / "x.png", "title", np.full((12, 3), 50.0), {"ED": 11, "ES": 0}, {})
+    figure = drawn[0]
+    FigureCanvasAgg(figure).draw()
+    (ax,) = figure.axes
+    inside = ax.get_window_extent()
+    assert len(ax.texts) == 2
+    assert all(inside.x0 <= t.get_window_extent().x0 and t.get_window_extent().x1 <= inside.x1 for t in ax.texts)
+
+
 # ---------------------------------------------------------------------------------------- other scanners, components
 
 @pytest.mark.usefixtures("no_pictures")
@@ -279,44 +297,11 @@ def test_another_scanner(capsys, tmp_path, checkpoint, spacing, corner):
     source = write_nifti(tmp_path / "scan.nii", arrays[0], (8, spacing, spacing))
     scores = {}
     for option in ("--find-heart", "--no-find-heart"):
-        assert run(capsys, checkpoint, "--predict", source, "--out", tmp_path / option, option)[0] == 0
+        assert run(capsys, checkpoint, source, "--out", tmp_path / option, option)[0] == 0
         labels = np.asanyarray(nib.load(tmp_path / option / "scan_seg.nii.gz").dataobj).T
         scores[option] = evaluate.dice(labels, arrays[1]).mean()
     assert scores["--find-heart"] > 0.75
     assert scores["--find-heart"] > scores["--no-find-heart"] + 0.2
-
-
-def test_largest_component_by_hand():
-    labels = np.zeros((3, 6, 8), np.uint8)
-    labels[0, :2, :2] = labels[1, 0, 0] = 1                         # 5 voxels, over two slices
-    labels[0, 4, 4:7] = 1                                          # 3: goes
-    labels[2, 2, 2], labels[2, 3, 3] = 3, 3                        # joined by a corner only: one of them goes
-    kept = largest_component(labels)
-    assert (kept == 1).sum() == 5
-    assert (kept[0, 4] == 0).all()
-    assert (kept == 3).sum() == 1
-    assert kept.dtype == np.uint8
-    assert (largest_component(np.zeros((2, 3, 3), np.uint8)) == 0).all()
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_options_reach_the_evaluation(capsys, monkeypatch, tmp_path, checkpoint):
-    """--largest-component and --find-heart raise the score of a heart off the centre with a second blob; the table
-    and summary.json say so; without them neither is done."""
-    root = write_root(tmp_path / "prepared", {"val": ["patient028"]})
-    monkeypatch.setattr(evaluate, "draw_agreement", lambda path, rows: path.write_text("") and None)
-    monkeypatch.setattr(evaluate, "write_report", lambda *_: None)
-    asked = []
-    monkeypatch.setattr(evaluate, "largest_component", lambda labels: asked.append("component") or labels)
-    monkeypatch.setattr(evaluate, "find_heart", lambda *a, **k: asked.append("find") or {})
-    for options, expected in ((["--find-heart", "--largest-component"], {"component", "find"}), ([], set())):
-        asked.clear()
-        code, stdout, _ = run(capsys, checkpoint, "--data", root, "--split", "val", "--out", tmp_path / "o", *options)
-        assert code == 0
-        assert set(asked) == expected
-        summary = json.loads((tmp_path / "o" / "summary.json").read_text())
-        assert (summary["find_heart"], summary["largest_component"]) == (bool(expected), bool(expected))
-        assert ("heart found and resampled, largest component per class" in stdout) == bool(expected)
 
 
 # ------------------------------------------------------------------------------------------------------------- names
@@ -331,16 +316,16 @@ def test_names(capsys, tmp_path, checkpoint):
         write_nifti(inside / name, frame())
     (inside / "notes.txt").write_text("")
     one, two = (inside / f"ward {i}" / "séance один.nii.gz" for i in (1, 2))
-    code, stdout, _ = run(capsys, checkpoint, "--predict", inside, one, "--out", tmp_path / "folder")
+    code, stdout, _ = run(capsys, checkpoint, inside, one, "--out", tmp_path / "folder")
     assert code == 0
     assert sorted(results(tmp_path / "folder")) == ["ward 1/séance один", "ward 2/other", "ward 2/séance один"]
     assert "3 of 3 files" in stdout
-    assert run(capsys, checkpoint, "--predict", one, two, "--out", tmp_path / "files")[0] == 0
+    assert run(capsys, checkpoint, one, two, "--out", tmp_path / "files")[0] == 0
     assert sorted(results(tmp_path / "files")) == ["ward 1/séance один", "ward 2/séance один"]
-    assert run(capsys, checkpoint, "--predict", two, "--out", tmp_path / "one")[0] == 0
+    assert run(capsys, checkpoint, two, "--out", tmp_path / "one")[0] == 0
     assert list(results(tmp_path / "one")) == ["séance один"]
     write_nifti(inside / "ward 2" / "other.nii.gz", frame())
-    assert run(capsys, checkpoint, "--predict", inside / "ward 2", "--out", tmp_path / "endings")[0] == 0
+    assert run(capsys, checkpoint, inside / "ward 2", "--out", tmp_path / "endings")[0] == 0
     assert sorted(results(tmp_path / "endings")) == ["other.nii", "other.nii.gz", "séance один.nii.gz"]
 
 
@@ -349,7 +334,7 @@ def test_names_that_are_no_text_or_look_like_formulas(tmp_path, checkpoint):
     scans = [write_nifti(tmp_path / name, np.stack([frame(), frame()])) for name in ("a$b_$c^.nii", "plain.nii")]
     latin = os.fsencode(tmp_path) + b"/Zo\xeb.nii"
     shutil.copy(scans[1], latin)
-    done = subprocess.run([sys.executable, SCRIPT, checkpoint, "--cpu", "--out", tmp_path / "o", "--predict", latin,
+    done = subprocess.run([sys.executable, SCRIPT, checkpoint, "--cpu", "--out", tmp_path / "o", latin,
                            *scans], capture_output=True, encoding="utf-8", env={**os.environ, "PYTHONUTF8": "1"})
     assert done.returncode == 0, done.stderr
     assert "Zo\\udceb.nii: 2 frames" in done.stdout
@@ -385,7 +370,7 @@ def damage(folder):
 def test_bad_files_among_good_ones(capsys, tmp_path, checkpoint):
     expected = damage(tmp_path / "in")
     write_nifti(tmp_path / "in" / "zz last.nii", frame())
-    code, stdout, stderr = run(capsys, checkpoint, "--predict", tmp_path / "in", "--out", tmp_path / "out")
+    code, stdout, stderr = run(capsys, checkpoint, tmp_path / "in", "--out", tmp_path / "out")
     assert code == 1
     assert "2 of 11 files segmented" in stdout
     lines = stderr.splitlines()
@@ -394,11 +379,11 @@ def test_bad_files_among_good_ones(capsys, tmp_path, checkpoint):
     for name, text in expected.items():
         told = [line for line in lines if f"{name}.nii" in line]
         assert len(told) == 1
-        assert told[0].startswith("evaluate.py: ")
+        assert told[0].startswith("predict.py: ")
         assert text in told[0]
         assert text in table[name]["error"]
     assert results(tmp_path / "out") == {"whole": RESULTS, "zz last": RESULTS}
-    code, _, stderr = run(capsys, checkpoint, "--predict", tmp_path / "in" / "flat.nii", "--out", tmp_path / "none")
+    code, _, stderr = run(capsys, checkpoint, tmp_path / "in" / "flat.nii", "--out", tmp_path / "none")
     assert (code, stderr.count("\n")) == (1, 1)
     assert results(tmp_path / "none") == {}
 
@@ -411,7 +396,7 @@ def test_another_orientation_is_told(capsys, tmp_path, checkpoint):
     turned = nib.Nifti1Image(turned.get_fdata(dtype=np.float32)[::-1, ::-1], None, turned.header)
     turned.header.set_sform(np.eye(4), 2)
     nib.save(turned, tmp_path / "in" / "ras.nii")
-    code, _, stderr = run(capsys, checkpoint, "--predict", tmp_path / "in", "--out", tmp_path / "out")
+    code, _, stderr = run(capsys, checkpoint, tmp_path / "in", "--out", tmp_path / "out")
     assert (code, stderr.count("\n")) == (0, 1)
     assert "ras.nii: axes RAS, ACDC's are LPS" in stderr
     assert [r["axes"] for r in read_csv(tmp_path / "out" / "predictions.csv")] == ["LPS", "RAS"]
@@ -426,26 +411,26 @@ def test_wrong_use(capsys, tmp_path, checkpoint):
     def tell(*args, net=checkpoint):
         code, stdout, stderr = run(capsys, net, *args)
         assert (code, stdout, stderr.count("\n")) == (2, "", 1)
-        assert stderr.startswith("evaluate.py: ")
+        assert stderr.startswith("predict.py: ")
         return stderr
     out = ["--out", tmp_path / "out"]
-    assert "absent.nii: no such file" in tell("--predict", source, tmp_path / "absent.nii", *out)
-    assert "x: no such file" in tell("--predict", "x" * 300, *out)
-    assert "bare: holds no .nii" in tell("--predict", tmp_path / "bare", *out)
-    assert "give a folder apart" in tell("--predict", source, "--out", tmp_path / "in")
-    assert "1 channels to 2 classes" in tell("--predict", source, *out, net=tmp_path / "binary.pt")
+    assert "absent.nii: no such file" in tell(source, tmp_path / "absent.nii", *out)
+    assert "x: no such file" in tell("x" * 300, *out)
+    assert "bare: holds no .nii" in tell(tmp_path / "bare", *out)
+    assert "give a folder apart" in tell(source, "--out", tmp_path / "in")
+    assert "1 channels to 2 classes" in tell(source, *out, net=tmp_path / "binary.pt")
     assert "1 channels to 2 classes" in tell("--onnx", tmp_path / "out", net=tmp_path / "binary.pt")
-    assert "--gpu 99" in tell("--predict", source, *out, "--gpu", "99")
-    assert "scan.nii/out: Not a directory" in tell("--predict", source, "--out", source / "out")
+    assert "--gpu 99" in tell(source, *out, "--gpu", "99")
+    assert "scan.nii/out: Not a directory" in tell(source, "--out", source / "out")
     if Path("/proc").is_dir():
-        assert "/proc/out: " in tell("--predict", source, "--out", "/proc/out")
+        assert "/proc/out: " in tell(source, "--out", "/proc/out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bare", "binary.pt", "in"]
     assert [p.name for p in (tmp_path / "in").iterdir()] == ["scan.nii"]
     save(tmp_path / "alone.pt", dict(student=UNet(2, 4)))
-    assert "coteacher is not among student" in tell("--predict", source, *out, "--which", "coteacher",
+    assert "coteacher is not among student" in tell(source, *out, "--which", "coteacher",
                                                     net=tmp_path / "alone.pt")
-    for wrong in (["--predict"], ["--predict", source, "--time"], ["--which", "teacher"], ["--entropy"],
-                  ["--predict", source, "--data", tmp_path], ["--time", "--split", "val"]):
+    for wrong in ([], [source, "--time"], ["--which", "teacher"], ["--entropy"],
+                  [source, "--data", tmp_path], ["--time", "--split", "val"]):
         with pytest.raises(SystemExit) as error:
             run(capsys, checkpoint, *wrong)
         assert error.value.code == 2
@@ -453,15 +438,15 @@ def test_wrong_use(capsys, tmp_path, checkpoint):
 
 
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize("step", ["nib.save", "_write_csv", "os.fsync"])
+@pytest.mark.parametrize("step", ["nib.save", "write_csv", "os.fsync"])
 def test_full_disk(capsys, monkeypatch, tmp_path, checkpoint, step):
     """The second file finds no room: the first one's results stay whole, nothing of the second."""
     for name in ("a.nii", "b.nii"):
         write_nifti(tmp_path / "in" / name, frame())
-    owner, name = (evaluate.nib, "save") if step == "nib.save" else \
-        (evaluate, "_write_csv") if step == "_write_csv" else (evaluate.os, "fsync")
+    owner, name = (predict.nib, "save") if step == "nib.save" else \
+        (predict, "write_csv") if step == "write_csv" else (evaluate.os, "fsync")
     real, calls = getattr(owner, name), []
-    per_file = {"save": 1, "_write_csv": 1, "fsync": 3}[name]
+    per_file = {"save": 1, "write_csv": 1, "fsync": 3}[name]
 
     def full(*args):
         calls.append(args)
@@ -469,7 +454,7 @@ def test_full_disk(capsys, monkeypatch, tmp_path, checkpoint, step):
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(*args)
     monkeypatch.setattr(owner, name, full)
-    code, _, stderr = run(capsys, checkpoint, "--predict", tmp_path / "in", "--out", tmp_path / "out")
+    code, _, stderr = run(capsys, checkpoint, tmp_path / "in", "--out", tmp_path / "out")
     assert (code, stderr.count("\n")) == (2, 1)
     assert "out: No space left on device" in stderr
     assert results(tmp_path / "out") == {"a": RESULTS}
@@ -480,7 +465,7 @@ def test_killed(tmp_path, checkpoint, number):
     """Whatever is there under its name is whole; after SIGTERM listed too, and no temporary folder."""
     for i in range(40):
         write_nifti(tmp_path / "in" / f"{i:02d}.nii", frame())
-    command = [sys.executable, SCRIPT, checkpoint, "--predict", tmp_path / "in", "--out", tmp_path / "out", "--cpu"]
+    command = [sys.executable, SCRIPT, checkpoint, tmp_path / "in", "--out", tmp_path / "out", "--cpu"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 60
@@ -507,22 +492,9 @@ def test_killed(tmp_path, checkpoint, number):
 
 # ------------------------------------------------------------------------------------------- help, time, onnx, report
 
-def test_help_fits_a_screen(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
-    with pytest.raises(SystemExit) as error:
-        evaluate.main(["--help"])
-    lines = capsys.readouterr().out.splitlines()
-    assert error.value.code == 0
-    assert len(lines) <= 45
-    assert {"evaluation:", "evaluation and prediction:", "device:"} <= set(lines)
-    text = " ".join(" ".join(lines).split())
-    for default in ("[test]", "[the better one on val]", "[on in prediction]", "data/ACDC", "or predictions"):
-        assert default in text
-
-
 def test_time(capsys, monkeypatch, checkpoint):
-    real = evaluate.time_inference
-    monkeypatch.setattr(evaluate, "time_inference", lambda *a: real(*a, slices=1, frames=2))
+    real = predict.time_inference
+    monkeypatch.setattr(predict, "time_inference", lambda *a: real(*a, slices=1, frames=2))
     code, stdout, _ = run(capsys, checkpoint, "--time", "--cpu")
     assert code == 0
     rows = re.findall(r"^(.+?) +([\d.]+) ms per slice \(fastest [\d.]+\) +([\d.]+) s per cine", stdout, re.M)
@@ -541,7 +513,7 @@ def exported(tmp_path_factory):
     for _ in range(3):                                              # statistics of batch norm that are not 0 and 1
         net(torch.randn(2, 1, 64, 64) * 2)
     save(folder / "best.pt", dict(student=net), inference=dict(view="heart", size=144))
-    assert evaluate.main([str(folder / "best.pt"), "--onnx", str(folder / "net.onnx"), "--cpu"]) == 0
+    assert predict.main([str(folder / "best.pt"), "--onnx", str(folder / "net.onnx"), "--cpu"]) == 0
     assert sorted(p.name for p in folder.iterdir()) == ["best.pt", "net.onnx"]
     return folder
 
@@ -604,10 +576,10 @@ def test_readme_example_runs_without_torch(exported, tmp_path):
 
 
 def test_onnx_without_onnxscript(capsys, monkeypatch, tmp_path, checkpoint):
-    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(predict.importlib.util, "find_spec", lambda name: None)
     code, stdout, stderr = run(capsys, checkpoint, "--onnx", tmp_path / "net.onnx")
     assert (code, stdout) == (2, "")
-    assert stderr == "evaluate.py: --onnx wants the package onnxscript: pip install onnxscript\n"
+    assert stderr == "predict.py: --onnx wants the package onnxscript: pip install onnxscript\n"
     assert not (tmp_path / "net.onnx").exists()
 
 
@@ -620,48 +592,9 @@ def test_onnx_whole_or_not_at_all(capsys, monkeypatch, tmp_path, checkpoint):
     model = SimpleNamespace(metadata_props={}, opset_imports={"": 20})
     program = SimpleNamespace(model=model, save=lambda path: path.write_text("half"))
     monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: program)
-    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(predict.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(os, "fsync", full)
     code, _, stderr = run(capsys, checkpoint, "--onnx", tmp_path / "net.onnx")
     assert (code, stderr.count("\n")) == (2, 1)
     assert "net.onnx: No space left" in stderr
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("net.onnx", "before")]
-
-
-def browse(tmp_path, page, *args):
-    """Offline, a profile of its own."""
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-             "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}"]
-    return subprocess.run([CHROMIUM, *flags, *args, page.as_uri()], capture_output=True, text=True, timeout=120)
-
-
-@pytest.mark.skipif(not CHROMIUM, reason="no chromium: apt-get install chromium")
-def test_report_in_a_browser(capsys, tmp_path, checkpoint):
-    """Figures of the summary in the page that a browser builds; every picture is inside, and is painted; markup in a
-    name stays text."""
-    root = write_root(tmp_path / "a <b>&", {"val": ["patient028", "patient085", "patient082"]})
-    out = tmp_path / "out"
-    assert run(capsys, checkpoint, "--data", root, "--split", "val", "--out", out)[0] == 0
-    summary = json.loads((out / "summary.json").read_text())
-    alone = tmp_path / "elsewhere.html"
-    shutil.move(out / "report.html", alone)
-    shutil.rmtree(out)
-    dom = browse(tmp_path, alone, "--dump-dom").stdout
-    dice = summary["metrics"]["dice"]["mean"]
-    assert f"<td>{dice['mean']:.4f} ± {dice['sd']:.4f}</td>" in dom
-    assert f"<td>{summary['clinical']['lv_ef']['r']:.3f}</td>" in dom
-    assert "a &lt;b&gt;&amp;" in dom
-    assert "<b>" not in dom
-    assert "largest_component" in dom                                                   # the configuration
-    pictures = re.findall(r'<img[^>]* src="([^"]*)"', dom)
-    assert len(pictures) == 4
-    assert not re.search(r'(src|href)="(?!data:)', dom)
-    shot = tmp_path / "shot.png"
-    browse(tmp_path, alone, f"--screenshot={shot}", "--window-size=1200,6000")
-    pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
-    for color in (*evaluate.COLORS.values(), "#2a6fb0", "#c23b4b"):                      # contours, dots, bias
-        rgb = [int(color[i:i + 2], 16) for i in (1, 3, 5)]
-        assert (np.abs(pixels - rgb).sum(-1) < 90).sum() > 200, color
-    sizes = [Image.open(io.BytesIO(base64.b64decode(p.partition(",")[2]))).size for p in pictures]
-    black = (pixels.max(-1) < 30).sum()                                                 # the overlays' background
-    assert black > 0.1 * sum(w * h for w, h in sizes[1:])

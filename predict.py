@@ -1,0 +1,371 @@
+"""Segment the RV, myocardium and LV in NIfTI files with a trained checkpoint; export the network; time it.
+
+    python predict.py results/student_acdc7.pt scan.nii.gz folder/ --out predictions
+    python predict.py results/student_acdc7.pt --onnx student.onnx
+    python predict.py results/student_acdc7.pt --time
+
+Per input NAME.nii or NAME.nii.gz, 3D or 4D, DIR (`--out`, by default predictions) receives, whole or not at all
+    NAME_seg.nii.gz    uint8: 0 background, 1 RV, 2 MYO, 3 LV; the source's header, shape and orientation
+    NAME_overlay.png   NAME_volumes.csv (a row per frame)   NAME_entropy.nii.gz (--entropy)
+    NAME_volumes.png   4D: ventricular volume over time; ED and ES are the frames with most and least LV
+and predictions.csv, a row per input. A folder gives every *.nii and *.nii.gz below it but annotations (_gt) and earlier
+results. Slices are the third axis, oriented as in ACDC. Volumes, indices and uncertainty are evaluate.py's.
+"""
+import importlib.util
+import logging
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from contextlib import suppress
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import data_prep
+import evaluate
+import models
+from data_prep import CLASSES, PHASES, DataError, Volume
+from evaluate import COLORS, INDICES, format_number, mean, staging, volumes_ml, write_csv
+from models import CheckpointError, DeviceError, find_heart, pick_device, segment_volume
+
+RESULTS = ("overlay.png", "entropy.nii.gz", "volumes.csv", "volumes.png", "seg.nii.gz")            # after NAME_
+COLUMNS = ("file", "frames", "axes", *PHASES, *INDICES, "entropy", "disagreement", "error")        # of predictions.csv
+NIFTI = re.compile(r"\.nii(\.gz)?$")
+SKIPPED = re.compile(r"^\.|_(gt|seg|entropy)\.nii(\.gz)?$")         # in folders: annotations, predictions, hidden files
+FIELD = (50, 1000)                   # mm that a slice can span; others are spacings in another unit, or none at all
+
+
+# ----------------------------------------------------------------------------------------------------------- inputs
+
+def list_images(path):
+    """A file -> [itself]; a folder -> every *.nii and *.nii.gz below it but those of SKIPPED. Raises DataError."""
+    if not os.path.exists(path):                                       # Path.exists raises where a name is too long
+        raise DataError(f"{path}: no such file or folder")
+    if not path.is_dir():
+        return [path]
+    files = sorted(p for p in path.rglob("*.nii*") if NIFTI.search(p.name) and not SKIPPED.search(p.name))
+    if not files:
+        raise DataError(f"{path}: holds no .nii or .nii.gz to segment")
+    return files
+
+
+def without_extension(paths):
+    return [p.with_name(NIFTI.sub("", p.name)) for p in paths]
+
+
+def find_images(paths):
+    """Files, and folders of them, to {NIfTI file: name of its results, relative, without extension}, no name twice.
+
+    Names are the files' own, or from the folder given on; where two would be the same, from the deepest folder that
+    holds all; where even those are (scan.nii and scan.nii.gz), with the extension. Raises DataError.
+    """
+    sources, names = {}, {}                                            # of each file once, whatever ways lead to it
+    for path in map(Path, paths):
+        for file in list_images(path):
+            key = file.resolve()
+            if key in sources:
+                continue
+            sources[key] = file
+            names[key] = file.relative_to(path) if path.is_dir() else Path(file.name)
+    common = os.path.commonpath([key.parent for key in sources])
+    full = [key.relative_to(common) for key in sources]
+    for choice in (without_extension(names.values()), without_extension(full), full):
+        if len(set(choice)) == len(choice):
+            break
+    return dict(zip(sources.values(), choice, strict=True))
+
+
+def read_frames(source):
+    """NIfTI -> (frames (T, Z, Y, X) in the file's dtype, spacing (z, y, x) in mm, the nibabel image). Raises DataError,
+    also where its slices cannot be of a chest."""
+    if not (NIFTI.search(source.name) and source.is_file()):
+        raise DataError(f"{source}: not a NIfTI file by its name and kind; give .nii or .nii.gz")
+    array, spacing, nifti = data_prep.load_nifti(source)
+    height, width = array.shape[-2:]
+    if not all(FIELD[0] <= n * s <= FIELD[1] for n, s in zip((height, width), spacing[1:], strict=True)):
+        raise DataError(f"{source}: slices of {height} x {width} pixels of {spacing[1]:g} x {spacing[2]:g} mm cannot "
+                        "be a chest; write the true zooms, in mm, into it")
+    return array.reshape(-1, *array.shape[-3:]), spacing, nifti
+
+
+# --------------------------------------------------------------------------------------------------------- one file
+
+def segment_frames(nets, frames, spacing, inference, component, name=""):
+    """(T, Z, Y, X) -> labels (T, Z, Y, X) uint8, entropy of that shape, float32, and a row of NAME_volumes.csv per
+    frame."""
+    labels, entropy, rows = np.empty(frames.shape, np.uint8), np.empty(frames.shape, np.float32), []
+    silent = None if len(frames) > 1 else True                         # None: where stderr is no terminal
+    for t, frame in enumerate(tqdm(frames, desc=name, unit="frame", disable=silent, leave=False)):
+        result = evaluate.segment(nets, frame, inference, component)
+        labels[t], entropy[t] = result.labels, result.entropy
+        row = dict(frame=t + 1, phase="")
+        row |= zip((f"{c.lower()}_ml" for c in CLASSES), volumes_ml(result.labels, spacing), strict=True)
+        row["entropy"] = mean(result.entropy[result.labels > 0])
+        row["disagreement"] = mean(result.disagreement)
+        rows.append(row)
+    return labels, entropy, rows
+
+
+def find_phases(ml):
+    """ml (T, 3) of RV, MYO, LV -> {"ED": frame, "ES": frame} from 0, those with most and least LV; {} unless two
+    frames have any. A frame without a cavity is a failure, not systole."""
+    cavity = np.where(ml[:, 2] > 0, ml[:, 2], np.inf)
+    if np.isfinite(cavity).sum() < 2:
+        return {}
+    return dict(zip(PHASES, (int(ml[:, 2].argmax()), int(cavity.argmin())), strict=True))
+
+
+def predict_file(nets, source, stem, inference, find=True, component=True, entropy=False):
+    """Segment one NIfTI file, write the results that the head of this file names to `stem`_*, return the row of
+    predictions.csv. DataError, ValueError, MemoryError or OSError, and then nothing was written."""
+    frames, spacing, nifti = read_frames(source)
+    focus = find_heart(nets[0], frames[0], spacing, **inference) if find else {}
+    labels, maps, rows = segment_frames(nets, frames, spacing, inference | focus, component, source.name)
+    ml = np.array([[row[f"{c.lower()}_ml"] for c in CLASSES] for row in rows])                     # (T, 3)
+    phases = find_phases(ml)
+    indices = evaluate.clinical_indices(*(ml[t] for t in phases.values())) if phases else {}
+    shown = []
+    for phase, t in phases.items() or (("", 0),):
+        rows[t]["phase"] = phase
+        volume = Volume(source.name, frames[t].astype(np.float32), None, spacing, None)
+        shown.append((f"{phase}, frame {t + 1}" if phase else "", volume, labels[t]))
+    title = source.name.encode("utf-8", "replace").decode().replace("$", r"\$")       # as matplotlib takes any name
+    with staging(stem.parent, [f"{stem.name}_{k}" for k in RESULTS]) as folder:
+        evaluate.draw_overlay(folder / f"{stem.name}_overlay.png", title, shown)
+        if len(frames) > 1:
+            draw_volumes(folder / f"{stem.name}_volumes.png", title, ml, phases, indices)
+        write_csv(folder / f"{stem.name}_volumes.csv", rows)
+        save_like(nifti, labels, folder / f"{stem.name}_seg.nii.gz")
+        if entropy:
+            save_like(nifti, maps, folder / f"{stem.name}_entropy.nii.gz")
+    axes = "".join(map(str, nib.aff2axcodes(np.nan_to_num(nifti.affine))))
+    return dict(file=str(source), frames=len(frames), axes=axes, **{k: t + 1 for k, t in phases.items()}, **indices,
+                entropy=mean([r["entropy"] for r in rows]), disagreement=mean([r["disagreement"] for r in rows]))
+
+
+def save_like(nifti, array, path):
+    """(T, Z, Y, X) -> NIfTI with the header of `nifti`: its zooms, forms and units stay, whatever they say."""
+    header = nifti.header.copy()
+    header.set_data_dtype(array.dtype)
+    header["cal_min"] = header["cal_max"] = 0                                # the source's window of display
+    nib.save(type(nifti)(array.reshape(nifti.shape[::-1]).T, nifti.affine, header), path)
+
+
+def draw_volumes(path, title, ml, phases, indices):
+    """ml (T, 3) of RV, MYO, LV, phases {"ED": frame, "ES": frame} from 0, indices -> a PNG of the ventricles' volume
+    over time."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    ax, frames = figure.subplots(), np.arange(1, len(ml) + 1)
+    for name, i, color in (("LV", 2, COLORS["LV"]), ("RV", 0, "#0d8fc4")):
+        label = f"{name}, EF {format_number(1, indices[f'{name.lower()}_ef'])} %" if indices else name
+        ax.plot(frames, ml[:, i], "o-", color=color, label=label, linewidth=2, markersize=4)
+    for phase, t in phases.items():
+        ax.axvline(t + 1, color="0.6", linestyle="--", linewidth=1)
+        late = t > len(ml) / 2                                       # its text to the left, or it leaves the axes
+        ax.annotate(f"{phase}, frame {t + 1}", (t + 1, 1), xycoords=("data", "axes fraction"),
+                    xytext=(-4 if late else 4, -12), textcoords="offset points", ha="right" if late else "left",
+                    color="0.35", fontsize=9)
+    ax.set(title=title, xlabel="frame", ylabel="volume, ml", ylim=(0, 1.15 * max(1, ml[:, [0, 2]].max())))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.grid(alpha=0.25)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+# -------------------------------------------------------------------------------------------------------- all files
+
+def warn(text):
+    tqdm.write(f"predict.py: {text}", file=sys.stderr)
+
+
+def tell(row):
+    """A row of predictions.csv, for people."""
+    text = f"{row['file']}: {row['frames']} frame{'s' * (row['frames'] > 1)}"
+    if "ED" in row:
+        found = [f"{evaluate.index_name(k)} {format_number(1, row[k])} {unit}" for k, unit in INDICES.items()]
+        text += f", ED {row['ED']}, ES {row['ES']}; " + ", ".join(found)
+    tqdm.write(text)
+    if row["axes"][:2] != "LP":
+        warn(f"{row['file']}: axes {row['axes']}, ACDC's are LPS: does the RV lie left of the LV in the overlay?")
+
+
+def predict(nets, inference, paths, out, **options):
+    """Segment files and folders into `out`, as predict_file; a bad file is reported and the others are done. Returns
+    the number of bad ones. Raises DataError before anything is written, OSError where `out` takes no more."""
+    images, out, table = find_images(paths), Path(out), []
+    for source, name in images.items():
+        if (out / name).parent.resolve() == source.resolve().parent:
+            raise DataError(f"--out {out}: holds {source}; give a folder apart, so that no file there is replaced")
+    try:
+        for source, name in tqdm(images.items(), desc="predict", unit="file", disable=None, leave=False):
+            try:
+                row = predict_file(nets, source, out / name, inference, **options)
+                tell(row)
+            except (DataError, ValueError, RuntimeError, MemoryError) as error:
+                text = str(error) if isinstance(error, DataError) else f"{source}: {data_prep.one_line(error)}"
+                row = dict(file=str(source), error=text)
+                warn(text)
+            table.append(row)
+    finally:                                                               # Ctrl-C, a full disk: of what is done
+        if table:
+            with staging(out, ["predictions.csv"]) as folder:
+                write_csv(folder / "predictions.csv", [{c: row.get(c) for c in COLUMNS} for row in table])
+    failed = sum("error" in row for row in table)
+    print(f"{out}: {len(table) - failed} of {len(table)} files segmented; predictions.csv lists them")
+    return failed
+
+
+# ------------------------------------------------------------------------------------------------------ export, time
+
+class Exported(nn.Module):
+    """What the ONNX file computes: standardize and the network."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = models.UNet(**net.architecture)
+        self.net.load_state_dict(net.state_dict())
+
+    def forward(self, slices):
+        return self.net(models.standardize(slices))
+
+
+def export_onnx(net, path, metadata):
+    """Write the network as ONNX, whole or not at all: `slices` (n, in_channels, height, width) float32, any size and
+    range, standardised in the graph -> `logits` (n, num_classes, height, width). metadata: {str: str}. Returns the
+    opset. Needs onnxscript; raises OSError."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)                             # it misses torchvision aloud
+    names = {0: "n", 2: "height", 3: "width"}
+    example = torch.rand(2, net.architecture["in_channels"], 72, 88)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(Exported(net).eval(), (example,), input_names=["slices"], output_names=["logits"],
+                                    dynamic_shapes=[{i: torch.export.Dim(n) for i, n in names.items()}], dynamo=True,
+                                    verbose=False)
+    program.model.metadata_props.update(metadata)
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
+    try:
+        program.save(temporary)
+        with open(temporary, "r+b") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return program.model.opset_imports[""]
+
+
+def onnx_session(net):
+    """The network in onnxruntime, on the CPU with torch's threads, or None where a package is not installed."""
+    if not all(map(importlib.util.find_spec, ("onnxscript", "onnxruntime"))):
+        return None
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "net.onnx"
+        export_onnx(net, path, {})
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def time_inference(net, inference, device="cpu", slices=10, frames=30):
+    """Seconds per frame of `slices` x 256 x 216 at 1.4 mm, (frames,) each -> {"torch fp32": ..., "torch bf16": ...,
+    "onnxruntime": ... where installed}. The image is noise, which costs as much as a heart."""
+    frame = np.random.default_rng(0).random((slices, 256, 216), np.float32)
+
+    def fp32():
+        segment_volume(net, frame, **inference)
+    ways = {"torch fp32": fp32, "torch bf16": torch.autocast(torch.device(device).type, torch.bfloat16)(fp32)}
+    if session := onnx_session(net):
+        size = inference["size"]
+        window = (size, size) if inference["view"] == "whole" else [min(size, n) for n in frame.shape[1:]]
+        seen = np.resize(frame, (slices, 1, *window))
+        ways["onnxruntime"] = lambda: session.run(None, {"slices": seen})[0].argmax(1)
+    seconds = {name: [] for name in ways}
+    for _ in range(frames + 1):                                # in turns, so that other work on the machine slows all
+        for name, run in ways.items():
+            began = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: np.array(times[1:]) for name, times in seconds.items()}                   # the first one warms up
+
+
+# ------------------------------------------------------------------------------------------------------------- main
+
+def print_export(net, inference, path):
+    if not importlib.util.find_spec("onnxscript"):
+        raise DataError("--onnx wants the package onnxscript: pip install onnxscript")
+    classes = ",".join(("background", *CLASSES))
+    window = "central window of" if inference["view"] == "heart" else "whole slice resized to"
+    steps = f"{window} size x size pixels; the graph standardises each slice; argmax of the logits"
+    with evaluate.names_target(path, "FILE"):
+        opset = export_onnx(net.cpu(), path, dict(classes=classes, preprocessing=steps, size=str(inference["size"]),
+                                                  view=inference["view"]))
+        megabytes = path.stat().st_size / 1e6
+    print(f"{path}: ONNX opset {opset}, {megabytes:.1f} MB; classes {classes}; {steps}")
+
+
+def print_times(net, inference, device):
+    for name, seconds in time_inference(net, inference, device).items():
+        where = models.describe_device("cpu" if name == "onnxruntime" else device)
+        print(f"{name:12} {100 * np.median(seconds):7.2f} ms per slice (fastest {100 * min(seconds):.2f}) "
+              f"{sum(seconds):7.2f} s per cine of 30 frames of 10 slices ({where}, window {inference['size']})")
+
+
+def parse(argv):
+    parser = data_prep.Parser(prog="predict.py", description=__doc__.splitlines()[0], usage=(
+        "%(prog)s CHECKPOINT PATH... [options]\n       %(prog)s CHECKPOINT --onnx FILE | --time [options]"))
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="best.pt of a run")
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="NIfTI files, and folders of them, to segment")
+    modes = parser.add_argument_group("instead of segmenting").add_mutually_exclusive_group()
+    modes.add_argument("--onnx", type=Path, metavar="FILE", help="export the network")
+    modes.add_argument("--time", action="store_true", help="measure ms per slice and per cine on this machine")
+    group = parser.add_argument_group("results")
+    group.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR", help="folder [predictions]")
+    group.add_argument("--entropy", action="store_true", help="the uncertainty too, as NIfTI")
+    evaluate.add_network_options(parser, on=True)
+    with suppress(AttributeError, OSError):                            # as Parser.parse_args does
+        sys.stdout.reconfigure(errors="backslashreplace")
+    args = parser.parse_intermixed_args(argv)                          # options may stand before PATH
+    modes = bool(args.onnx) + args.time + bool(args.paths)
+    if modes != 1:
+        parser.error("give one of PATH, --onnx and --time")
+    if args.entropy and not args.paths:
+        parser.error("--entropy goes with PATH")
+    return args
+
+
+def work(args):
+    """What the command line asks for -> 1 where a file could not be segmented."""
+    device = pick_device(args.gpu, args.cpu)
+    torch.backends.cudnn.allow_tf32 = False                                        # a GPU's answers as a CPU's
+    nets, checkpoint = evaluate.load_networks(args.checkpoint, device, args.which)
+    inference = checkpoint["inference"]
+    if args.onnx:
+        return print_export(nets[0], inference, args.onnx)
+    if args.time:
+        return print_times(nets[0], inference, device)
+    options = dict(find=args.find_heart, component=args.largest_component, entropy=args.entropy)
+    with evaluate.names_target(args.out):
+        return 1 if predict(nets, inference, args.paths, args.out, **options) else 0
+
+
+def main(argv=None):
+    """The command line -> exit code: 0, 1 where it met bad files, 2 for a user's error, 130 for Ctrl-C."""
+    args = parse(argv)
+    left = "what is there is whole" if args.paths else "nothing was written"
+    return data_prep.exit_code("predict.py", lambda: work(args), (CheckpointError, DeviceError), left,
+                               "--cpu may have more")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))                         # so that temporary folders go
+    sys.exit(main())
