@@ -295,36 +295,3 @@ def restore(checkpoint, nets, optimizer, run):
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(f"--resume {run}: the checkpoint's state does not fit its config ({reason})") from None
-
-
-def export_onnx(net, path, metadata):
-    """Write the network as ONNX, whole or not at all: `slices` (n, in_channels, height, width) float32, any size and
-    range, standardised in the graph -> `logits` (n, num_classes, height, width). metadata: {str: str}. Returns the
-    opset. Needs onnxscript; raises OSError."""
-    class Graph(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = UNet(**net.architecture)
-            self.net.load_state_dict(net.state_dict())
-
-        def forward(self, slices):
-            return self.net(standardize(slices))
-
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)                             # it misses torchvision aloud
-    names = {0: "n", 2: "height", 3: "width"}
-    example = torch.rand(2, net.architecture["in_channels"], 72, 88)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(Graph().eval(), (example,), input_names=["slices"], output_names=["logits"],
-                                    dynamic_shapes=[{i: torch.export.Dim(n) for i, n in names.items()}], dynamo=True,
-                                    verbose=False)
-    program.model.metadata_props.update(metadata)
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
-    try:
-        program.save(temporary)
-        with open(temporary, "r+b") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return program.model.opset_imports[""]
