@@ -62,6 +62,13 @@ def describe_device(device):
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
+def bf16_pays(device):
+    """Whether the device computes in bf16, rather than emulate it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
 # ---------------------------------------------------------------------------------------------------------- network
 
 def double_conv(c_in, c_out):

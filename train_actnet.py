@@ -31,7 +31,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
@@ -42,9 +41,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import augment
@@ -57,16 +54,8 @@ from data_prep import DataError
 from distributed import gather, world
 from kernels.dice_ce import dice_ce
 from kernels.student_loss import student_loss
-from models import (
-    UNet,
-    count_parameters,
-    describe_device,
-    load_checkpoint,
-    load_model,
-    pick_device,
-    save_checkpoint,
-    segment_volume,
-)
+from models import UNet, count_parameters, load_checkpoint, load_model, pick_device, save_checkpoint
+from slices import Slices, ask
 
 
 def flag(key):
@@ -170,6 +159,11 @@ PRESETS = {
 MAY_CHANGE = {"iters", "minutes", "gpu", "cpu", "out", "data", "table"}          # on --resume
 
 
+def shape_of(cfg):
+    """Depth and base width of the network that stages 2 and 3 train."""
+    return cfg.student if cfg.network == "student" else cfg.teacher
+
+
 class Stage(NamedTuple):
     number: int               # 1 teacher, 2 student, 3 co-teaching
     start: int                # step of the run at which it begins
@@ -204,177 +198,9 @@ def list_stages(cfg):
     return [Stage(i + 1, starts[i], n) for i, n in enumerate(cfg.stages) if n]
 
 
-# ------------------------------------------------------------------------------------------------------------- data
-
-def choose_cache(cache, device, need):
-    """Where `need` bytes of slices wait: on the device, in memory, or on disk, read again for each batch."""
-    if cache != "auto":
-        return cache
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**33
-    memory /= world()[1]
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory
-    if need < free / 4:
-        return "device"
-    return "ram" if need < memory / 4 else "disk"
-
-
-def ignore_signals(worker):
-    """SIGTERM and Ctrl-C are the parent's to handle: they may go to the whole process group."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
-class Slices:
-    """The training slices, cut or resized to one side; batches are drawn, and augmented on `device`. Everything random
-    is a function of (seed, step): a resumed run goes on with the same batches, wherever the slices wait."""
-
-    def __init__(self, cfg, device):
-        self.cfg, self.device = cfg, device
-        # A turned and scaled window of `size` mostly stays inside size + 64.
-        self.side = cfg.size + 64 if cfg.view == "heart" else cfg.size
-        self.names = names = data_prep.read_list(cfg.data, "train_slices", data_prep.SLICE)
-        data_prep.require(names, f"{cfg.data}/train_slices.list", "empty")
-        self.patients = data_prep.first_patients(names, cfg.labeled)
-        self.n_labeled = sum(name[:10] in self.patients for name in names)
-        names.sort(key=lambda name: name[:10] not in self.patients)                # stable; labelled first
-        self.noise = torch.Generator(device)
-        self.cache = choose_cache(cfg.cache, device, 6 * len(names) * self.side**2)        # of these 3 are answers
-        if self.cache != "disk":
-            self.images, self.labels = self.read(range(len(names)))
-        if self.cache == "device":
-            self.images, self.labels = self.images.to(device), self.labels.to(device)
-        self.stage, self.answers = list_stages(cfg)[0], None
-
-    def read(self, index):
-        """-> images (n, 1, S, S) fp16 in 0..1 and labels (n, 1, S, S) uint8 from the files."""
-        images = torch.empty(len(index), 1, self.side, self.side, dtype=torch.float16)
-        labels = torch.empty(images.shape, dtype=torch.uint8)
-        slices = data_prep.read_slices(self.cfg.data, [self.names[i] for i in index])
-        for i, (_, image, label) in enumerate(slices):
-            image, label = torch.from_numpy(image)[None, None], torch.from_numpy(label)[None, None].float()
-            if self.cfg.view == "heart":
-                images[i], labels[i] = self.window(image, "replicate")[0], self.window(label, "constant")[0]
-            else:
-                shape = self.side, self.side
-                images[i] = F.interpolate(image, shape, mode="bilinear", antialias=True)[0]
-                labels[i] = F.interpolate(label, shape, mode="nearest-exact")[0]
-        return images, labels
-
-    def window(self, x, pad_mode):
-        h, w = x.shape[-2:]
-        top, left = (h - self.side) // 2, (w - self.side) // 2
-        return F.pad(x, (-left, self.side - w + left, -top, self.side - h + top), mode=pad_mode)
-
-    def keep_answers(self, folder):
-        """An empty place for the answers, (n, 3, S, S) uint8 of RV, MYO, LV, where --cache says."""
-        shape = len(self.names), 3, self.side, self.side
-        if self.cache == "disk":                                          # a file without a name: it goes with the run
-            file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
-            self.answers = torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=shape))
-        else:
-            place = self.device if self.cache == "device" else "cpu"
-            self.answers = torch.zeros(shape, dtype=torch.uint8, device=place)
-
-    def parts(self):
-        """-> (first slice, slices, drawn a step) of each pool that the stage draws from."""
-        cfg, n_labeled, n_all = self.cfg, self.n_labeled, len(self.names)
-        if self.stage.number < 3:
-            return [(0, n_labeled, cfg.sup_batch)]
-        if n_labeled == n_all or cfg.labeled_batch == cfg.batch:
-            return [(0, n_labeled, cfg.batch)]
-        return [(0, n_labeled, cfg.labeled_batch), (n_labeled, n_all - n_labeled, cfg.batch - cfg.labeled_batch)]
-
-    def indices(self, step):
-        """The step's slices, labelled first, and how many of them are: passes over each pool, every pass in an order
-        of its own."""
-        drawn, parts, local = [], self.parts(), step - self.stage.start
-        for start, pool, n in parts:
-            passes = range(local * n // pool, (local * n + n - 1) // pool + 1)
-            order = [np.random.default_rng((self.cfg.seed, start, p)).permutation(pool) for p in passes]
-            first = local * n - passes[0] * pool
-            drawn.append(start + np.concatenate(order)[first:first + n])
-        return np.concatenate(drawn), parts[0][2]
-
-    def __getstate__(self):                                  # for a reader, which needs no GPU and opens none
-        return {**self.__dict__, "noise": None}
-
-    def __getitem__(self, step):
-        """-> images (B, 1, S, S), labels (L, 1, S, S) of its first L slices, answers (B, 3, S, S) or None, as they
-        wait; or the error."""
-        index, n_labeled = self.indices(step)
-        if self.cache == "disk":
-            try:
-                images, labels = self.read(index)
-            except DataError as error:                     # raised in a worker it would arrive with its traceback
-                return error
-            labels = labels[:n_labeled]
-            index = torch.from_numpy(index)
-        else:
-            index = torch.from_numpy(index).to(self.images.device, non_blocking=True)
-            images, labels = self.images[index], self.labels[index[:n_labeled]]
-        return images, labels, () if self.answers is None else self.answers[index]
-
-    def batches(self, start, stop):
-        """batch(step) of the steps start to stop, read ahead where the slices wait on disk."""
-        ahead = dict(num_workers=min(8, os.cpu_count() or 2), worker_init_fn=ignore_signals)
-        pin = self.device.type == "cuda" and self.cache != "device"
-        loader = DataLoader(self, batch_size=None, sampler=range(start, stop), pin_memory=pin,
-                            **(ahead if self.cache == "disk" else {}))
-        for step, raw in zip(range(start, stop), loader, strict=True):
-            yield self.batch(step, raw)
-
-    def batch(self, step, raw=None):
-        """-> x (B, 1, S, S) float in 0..1, y (L, S, S) uint8 of its first L slices, t (B, C, S, S) the teacher's logits
-        or None, and the step's random source."""
-        raw = self[step] if raw is None else raw
-        if isinstance(raw, DataError):
-            raise raw
-        images, labels, answers = raw
-        cfg, n, rng = self.cfg, len(images), np.random.default_rng((self.cfg.seed, step))
-        self.noise.manual_seed(int(rng.integers(2**62)))
-        if cfg.view == "whole":
-            grid = augment.turns_and_flips(n, cfg.size, rng, self.device)
-        else:
-            grid = augment.heart_window(n, cfg.size, self.side, rng, self.device)
-        x = augment.warp(images.to(self.device, non_blocking=True).float(), grid)
-        labels = labels.to(self.device, non_blocking=True).float()
-        y = augment.warp(labels, grid[:len(labels)], "nearest", "zeros")[:, 0].to(torch.uint8)
-        if not len(answers):
-            return x, y, None, rng
-        heart = augment.warp(answers.to(self.device, non_blocking=True).float() / 255, grid, outside="zeros")
-        probs = torch.cat([1 - heart.sum(1, keepdim=True), heart], 1)                    # outside: background
-        return x, y, probs.clamp_min(1 / 510).log(), rng                       # a byte knows no less than half of 1/255
-
-
-@torch.no_grad()
-def ask(nets, images, views):
-    """What networks say of slices, each the one inference path, a mean over networks and turns of the slices.
-
-    nets: [(network, its inference settings)]. images (n, 1, S, S) float. -> (n, 3, S, S) uint8, probabilities of RV,
-    MYO and LV times 255; outside a network's window is background.
-    """
-    n, _, side, _ = images.shape
-    total = torch.zeros(n, 3, side, side, device=images.device)
-    for angle in np.radians(np.linspace(-30, 30, views) if views > 1 else np.zeros(1)):
-        there, back = (augment.put(augment.rotation(np.full(n, a)), images.device) for a in (angle, -angle))
-        there, back = (F.affine_grid(F.pad(a, (0, 1)), images.shape, align_corners=False) for a in (there, back))
-        seen = augment.warp(images, there) if angle else images
-        for net, inference in nets:
-            probs = segment_volume(net, seen[:, 0].cpu(), **inference, return_probs=True)[1]              # (n, C, S, S)
-            heart = torch.from_numpy(probs[:, 1:]).to(images.device)
-            total += augment.warp(heart, back, outside="zeros") if angle else heart
-    return (total / (views * len(nets)) * 255).round().to(torch.uint8)
-
-
 # ------------------------------------------------------------------------------------------------------------- step
 
 TERMS = ("loss", "dice", "ce", "kd", "co", "teacher")
-
-
-def bf16_pays(device):
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
 class ActNet:
@@ -388,7 +214,7 @@ class ActNet:
         self.cfg, self.device, self.stage, self.nets, self.noise = cfg, device, stage, nets, noise
         self.learner = next(iter(nets))
         self.along = self.learner != "teacher" and "teacher" in nets
-        bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and bf16_pays(device))
+        bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and models.bf16_pays(device))
         self.precision = "bf16" if bf16 else "fp32"
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
         if "coteacher" in nets:
@@ -545,6 +371,12 @@ def load_teacher(path, cfg):
     return net.requires_grad_(False), inference
 
 
+def describe_commit():
+    done = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent, text=True,
+                          capture_output=True)                                  # shell: nothing where git is absent
+    return done.stdout.strip() or "unknown"
+
+
 def append_row(path, row):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -616,17 +448,15 @@ class Run:
 
     def compare_architectures(self):
         with torch.device("meta"):
-            wanted = UNet(*getattr(self.cfg, self.cfg.network)).architecture
+            wanted = UNet(*shape_of(self.cfg)).architecture
         if self.initial.architecture != wanted:
             raise DataError(f"--init {self.cfg.init}: holds {self.initial.architecture}, not {wanted}")
 
     def describe(self):
         """What config.json tells of the run."""
-        commit = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent, text=True,
-                                capture_output=True).stdout.strip()             # shell: nothing where git is absent
         about = dict(
-            config=asdict(self.cfg), command=shlex.join(["python", *sys.argv]), commit=commit or "unknown",
-            device=describe_device(self.device),
+            config=asdict(self.cfg), command=shlex.join(["python", *sys.argv]), commit=describe_commit(),
+            device=models.describe_device(self.device),
             versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
                           triton=getattr(sys.modules.get("triton"), "__version__", "")),
             labeled_patients=self.slices.patients, labeled_slices=self.slices.n_labeled, slices=len(self.slices.names))
@@ -658,7 +488,7 @@ class Run:
         torch.manual_seed(cfg.seed)
         if stage.number == 1:
             return dict(teacher=UNet(*cfg.teacher).to(self.device, **layout))
-        learner = UNet(*getattr(cfg, cfg.network)).to(self.device, **layout)
+        learner = UNet(*shape_of(cfg)).to(self.device, **layout)
         if stage.number == 3 and any(s.number == 2 for s in self.stages):                # goes on from its best on val
             learner.load_state_dict(load_model(self.folder / "best.pt")[0].state_dict())
         elif self.initial:
@@ -678,7 +508,7 @@ class Run:
         if self.resume and (self.done > stage.start or self.done == 0):                  # otherwise it begins here
             models.restore(self.resume, nets, actnet.optimizer if self.done else None, self.cfg.out)
         self.resume = None                                                                # gigabytes, perhaps
-        self.slices.stage, self.slices.answers = stage, None
+        self.slices.begin(stage)
         cuts = [stage.start, stage.end]
         if stage.number == 3:
             cuts = [stage.start + stage.steps * i // self.cfg.rounds for i in range(self.cfg.rounds + 1)]
@@ -698,8 +528,8 @@ class Run:
         """Ask the teachers, from the second round on with the co-teacher, about every slice. Returns False where the
         run was asked to stop."""
         cfg, slices, renewal = self.cfg, self.slices, self.folder / "renewal.pt"
-        if self.main and self.done == begin:
-            self.save(actnet)                                                        # so that a stop here loses nothing
+        if self.main and self.done == 0:
+            self.save(actnet)                                                     # so that a run stopped here goes on
         nets = [load_teacher(path, cfg) for path in sorted(self.folder.glob("teacher*.pt"))]
         if begin > actnet.stage.start and "coteacher" in actnet.nets:
             if self.main and self.done == begin:
@@ -727,7 +557,7 @@ class Run:
     def train_until(self, actnet, end):
         """Steps of the stage up to `end`. Returns False where the run was asked to stop, and has saved."""
         cfg, stage, history, alone = self.cfg, actnet.stage, [], world()[1] == 1
-        cost, marked = step_cost(cfg, stage), (self.done, time.perf_counter())
+        cost, marked = round(1e6 * step_cost(cfg, stage)), (self.done, time.perf_counter())
         for step, batch in enumerate(self.slices.batches(self.done, end), self.done):
             history.append(actnet.step(step, *batch))
             self.done = step + 1
@@ -849,12 +679,11 @@ class Run:
     def table_row(self, name, when, step, scores):
         """A row of --table: val scores of one network."""
         cfg, about = self.cfg, self.about
-        key = "teacher" if name == "teacher" else cfg.network
         columns = {f"{metric}_{c}": round(float(v), 4) for metric, values in
                    (("dice", scores["dice"]), ("hd95", scores["hd95_voxel"]))
                    for c, v in zip((*data_prep.CLASSES, "mean"), (*values, np.mean(values)), strict=True)}
         with torch.device("meta"):
-            parameters = count_parameters(UNet(*getattr(cfg, key)))
+            parameters = count_parameters(UNet(*(cfg.teacher if name == "teacher" else shape_of(cfg))))
         return dict(date=time.strftime("%Y-%m-%d"), commit=about["commit"], device=about["device"],
                     seconds=round(self.seconds, 1), seed=cfg.seed, labeled=cfg.labeled, method=cfg.method, network=name,
                     parameters=parameters, when=when, step=step, **columns,
@@ -863,26 +692,26 @@ class Run:
 
 def step_cost(cfg, stage):
     """GFLOP of a step: convolutions, two per multiply-accumulate; forward 1, forward and backward 3."""
-    def slice_cost(key):
+    def slice_cost(shape):
         with torch.device("meta"):
-            return 2 * models.count_macs(UNet(*getattr(cfg, key)), cfg.size) / 1e9
+            return 2 * models.count_macs(UNet(*shape), cfg.size) / 1e9
     if stage.number == 1:
-        return 3 * cfg.sup_batch * slice_cost("teacher")
-    own, n, labeled = slice_cost(cfg.network), cfg.batch, cfg.labeled_batch
+        return 3 * cfg.sup_batch * slice_cost(cfg.teacher)
+    own, n, labeled = slice_cost(shape_of(cfg)), cfg.batch, cfg.labeled_batch
     if stage.number == 2:
         return 3 * cfg.sup_batch * own
     cost = 3 * n * own
     if cfg.method in ("mt", "act"):
         cost += (n - labeled * (cfg.consistency == "pseudo")) * own
     if cfg.teacher_along:
-        cost += (n + 2 * labeled) * slice_cost("teacher")
+        cost += (n + 2 * labeled) * slice_cost(cfg.teacher)
     return cost
 
 
 def train(cfg, resume=None):
     """One run: the teacher from the labels, the student from the labels, co-teaching. Returns its folder."""
     run = Run(cfg, resume)
-    costs = [(stage, step_cost(cfg, stage)) for stage in run.stages]
+    costs = [(stage, round(1e6 * step_cost(cfg, stage))) for stage in run.stages]
     past = sum(min(stage.steps, max(0, run.done - stage.start)) * cost for stage, cost in costs)
     total = sum(stage.steps * cost for stage, cost in costs)
     style = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"                    # by arithmetic, not by steps

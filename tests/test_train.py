@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import h5py
@@ -17,15 +17,19 @@ import numpy as np
 import pytest
 import torch
 from torch.distributed.distributed_c10d import BackendConfig
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import augment
+import evaluate
 import models
 import train_actnet
 from kernels.dice_ce import dice_ce
 from models import load_checkpoint, load_model
-from tests import loop_bench
-from train_actnet import COLUMNS, PRESETS, ActNet, Config, Slices, choose_cache, main
+from slices import Slices, ask, choose_cache
+from tests import bench_step
+from train_actnet import COLUMNS, PRESETS, ActNet, Config, Stage, count_steps, main
 
-ROOT = Path(__file__).parent.parent
+ROOT, CPU = Path(__file__).parent.parent, torch.device("cpu")
 SMALL = ["--cpu", "--student", "2", "4", "--teacher", "2", "8", "--size", "32", "--batch", "4", "--labeled-batch", "2",
          "--labeled", "2", "--iters", "4", "--val-every", "2", "--log-every", "1", "--precision", "fp32"]
 
@@ -71,14 +75,30 @@ def run(data, out, *more):
 
 
 def config(data, **changes):
-    return Config(data=str(data), **{"labeled": 2, "size": 32, "batch": 4, "labeled_batch": 2, **changes})
+    """One stage, of co-teaching or of `sup`, unless --stages says otherwise."""
+    small = dict(labeled=2, size=32, batch=4, labeled_batch=2, sup_batch=4, student=(2, 4), teacher=(2, 8))
+    cfg = Config(data=str(data), **{**small, "stages": (0, 0, 1), **changes})
+    return replace(cfg, stages=count_steps(cfg))
+
+
+def pool(cfg, device=CPU):
+    slices = Slices(cfg, device)
+    slices.begin(train_actnet.list_stages(cfg)[-1])
+    return slices
+
+
+def last_stage(cfg, device=CPU):
+    """-> the slices and the networks of a run's last stage, without its folder."""
+    slices = pool(cfg, device)
+    return slices, bench_step.begin(cfg, device, slices, slices.stage)
 
 
 # ------------------------------------------------------------------------------------------------------------- data
 
 def test_every_option_is_read():
-    tree = ast.parse((ROOT / "train_actnet.py").read_text())
-    read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+    trees = [ast.parse((ROOT / file).read_text()) for file in ("train_actnet.py", "slices.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    read = {node.attr for node in nodes if isinstance(node, ast.Attribute)
             and getattr(node.value, "id", getattr(node.value, "attr", "")) == "cfg"}
     names = {f.name for f in fields(Config)}
     assert names <= read, names - read
@@ -86,7 +106,7 @@ def test_every_option_is_read():
 
 
 def test_batches_pass_over_both_pools_evenly(data):
-    slices = Slices(config(data, batch=5), torch.device("cpu"))
+    slices = pool(config(data, batch=5))
     assert (slices.n_labeled, len(slices.names)) == (12, 24)
     assert slices.patients == ["patient099", "patient038"]
     drawn = [slices.indices(step) for step in range(24)]
@@ -98,29 +118,29 @@ def test_batches_pass_over_both_pools_evenly(data):
 
 
 def test_batch_larger_than_the_set(data):
-    slices = Slices(config(data, batch=64, labeled_batch=30), torch.device("cpu"))
-    x, y, _ = slices.batch(0)
+    slices = pool(config(data, batch=64, labeled_batch=30))
+    x, y, _, _ = slices.batch(0)
     assert (x.shape, y.shape) == ((64, 1, 32, 32), (30, 32, 32))
     assert np.bincount(slices.indices(0)[0], minlength=24).min() >= 2
 
 
 def test_batches_depend_on_seed_and_step_alone(data):
-    one, two = (Slices(config(data), torch.device("cpu")) for _ in range(2))
+    one, two = (pool(config(data)) for _ in range(2))
     for step in (5, 0):
-        (x1, y1, r1), (x2, y2, r2) = one.batch(step), two.batch(step)
+        (x1, y1, _, r1), (x2, y2, _, r2) = one.batch(step), two.batch(step)
         torch.testing.assert_close(x1, x2, rtol=0, atol=0)
         assert torch.equal(y1, y2)
-        assert torch.equal(one.perturb(x1, r1, 1.0), two.perturb(x2, r2, 1.0))
+        assert torch.equal(augment.perturb(x1, r1, one.noise, 1.0), augment.perturb(x2, r2, two.noise, 1.0))
     assert not torch.equal(one.batch(1)[0], two.batch(0)[0])
-    other = Slices(config(data, seed=1), torch.device("cpu"))
+    other = pool(config(data, seed=1))
     assert not torch.equal(other.batch(0)[0], one.batch(0)[0])
 
 
 @pytest.mark.parametrize("view", ["heart", "whole"])
 def test_labels_follow_the_image(data, view):
     """After the geometry every label still sits on its own brightness."""
-    slices = Slices(config(data, view=view, size={"heart": 32, "whole": 64}[view]), torch.device("cpu"))
-    x, y, _ = slices.batch(3)
+    slices = pool(config(data, view=view, size={"heart": 32, "whole": 64}[view]))
+    x, y, _, _ = slices.batch(3)
     for label, brightness in enumerate([0.35, 0.8, 0.1, 0.9]):
         assert abs(x[:2, 0][y == label].median() - brightness) < 0.05
 
@@ -128,7 +148,7 @@ def test_labels_follow_the_image(data, view):
 @pytest.mark.parametrize(("view", "bent"), [("heart", True), ("whole", False)])
 def test_hearts_are_stretched_and_bent(data, view, bent):
     """Images that hold their own coordinates show the geometry: an affine map, far from a similarity, and a rest."""
-    slices = Slices(config(data, view=view, size=64), torch.device("cpu"))
+    slices = pool(config(data, view=view, size=64))
     ramp = (torch.arange(slices.side, dtype=torch.float64) + 0.5) * 1024 / slices.side              # exact in fp16
     rows, columns = torch.meshgrid(ramp, ramp, indexing="ij")
     plane = torch.stack([torch.ones(64, 64), *torch.meshgrid(*[torch.arange(64.0)] * 2, indexing="ij")], -1).double()
@@ -152,7 +172,7 @@ def test_labels_come_from_the_labeled_patients_in_any_order_of_the_list(data, tm
     shutil.copytree(data, tmp_path / "data")
     names = (data / "train_slices.list").read_text().split()
     (tmp_path / "data" / "train_slices.list").write_text("".join(f"{n}\n" for n in names[:1] + names[:0:-1]))
-    slices = Slices(config(tmp_path / "data", labeled=1), torch.device("cpu"))
+    slices = pool(config(tmp_path / "data", labeled=1))
     assert slices.patients == ["patient099"]
     for step in range(6):
         index, n = slices.indices(step)
@@ -160,21 +180,20 @@ def test_labels_come_from_the_labeled_patients_in_any_order_of_the_list(data, tm
 
 
 def test_perturbation_differs_between_draws_and_keeps_the_slice_normal(data):
-    slices = Slices(config(data), torch.device("cpu"))
-    x, _, rng = slices.batch(0)
-    strong, mild = slices.perturb(x, rng, 1.0), slices.perturb(x, rng, 0.25)
-    clean = slices.perturb(x, rng, 0.0)
+    slices = pool(config(data))
+    x, _, _, rng = slices.batch(0)
+    strong, mild, clean = (augment.perturb(x, rng, slices.noise, strength) for strength in (1.0, 0.25, 0.0))
     assert clean.mean().abs() < 1e-4
     assert abs(clean.std() - 1) < 1e-2
     assert (strong - clean).abs().mean() > (mild - clean).abs().mean() > 0
 
 
-def test_perturbation_is_uneven_and_blurs_or_sharpens(data):
+def test_perturbation_is_uneven_and_blurs_or_sharpens():
     """The amplitude of a checkerboard, over a slice and in its quarters."""
     board = (torch.arange(64)[:, None] + torch.arange(64)) % 2 * 2.0 - 1
-    slices = Slices(config(data), torch.device("cpu"))
-    slices.noise.manual_seed(0)
-    seen = slices.perturb((0.5 + 0.2 * board).expand(24, 1, 64, 64), np.random.default_rng(0), 1.0)[:, 0] * board
+    noise = torch.Generator().manual_seed(0)
+    x = (0.5 + 0.2 * board).expand(24, 1, 64, 64)
+    seen = augment.perturb(x, np.random.default_rng(0), noise, 1.0)[:, 0] * board
     whole = seen.mean((1, 2))                                          # contrast alone: within exp(-0.3) to exp(0.3)
     assert whole.min() < 0.6
     assert whole.max() > 1.5
@@ -182,13 +201,12 @@ def test_perturbation_is_uneven_and_blurs_or_sharpens(data):
     assert (quarters.amax(1) / quarters.amin(1)).median() > 1.1
 
 
-def test_cutmix_boxes(data):
-    slices = Slices(config(data, cutmix=1.0), torch.device("cpu"))
-    mask = slices.boxes(4, np.random.default_rng(0))
+def test_cutmix_boxes():
+    mask = augment.boxes(4, 32, 1.0, np.random.default_rng(0), CPU)
     assert mask.shape == (4, 1, 32, 32)
     share = mask.float().mean((1, 2, 3))
     assert ((share > 0.04) & (share < 0.3)).all()                                        # a quarter to half of the side
-    assert not Slices(config(data, cutmix=0.0), torch.device("cpu")).boxes(4, np.random.default_rng(0)).any()
+    assert not augment.boxes(4, 32, 0.0, np.random.default_rng(0), CPU).any()
 
 
 @pytest.mark.parametrize("consistency", ["pseudo", "mse"])
@@ -197,9 +215,7 @@ def test_cutmix_spares_the_labeled_and_shows_the_student_another_slice(data, con
     co-teacher answers about whole slices, with hard labels only about those without an annotation."""
     seen = {}
     for cutmix in (0.0, 1.0):
-        cfg = config(data, method="mt", cutmix=cutmix, consistency=consistency)
-        slices = Slices(cfg, torch.device("cpu"))
-        act = ActNet(cfg, torch.device("cpu"), slices)
+        slices, act = last_stage(config(data, method="mt", cutmix=cutmix, consistency=consistency))
         for name in ("student", "coteacher"):
             act.nets[name].register_forward_pre_hook(lambda net, x, key=(name, cutmix): seen.update({key: x[0]}))
         batch = slices.batch(0)
@@ -214,30 +230,68 @@ def test_cutmix_spares_the_labeled_and_shows_the_student_another_slice(data, con
     assert len(seen["coteacher", 1.0]) == len(plain) - labeled * (consistency == "pseudo")
 
 
-@pytest.mark.parametrize("teacher", ["none", "along", "frozen"])
-def test_hard_labels_are_the_mean_of_those_who_answer(data, tmp_path, monkeypatch, teacher):
-    """Of the co-teacher alone, or of co-teacher and frozen teacher; a pixel below the confidence is ignored."""
+@pytest.mark.parametrize("teacher", ["none", "along", "answers"])
+def test_hard_labels_are_the_mean_of_those_who_answer(data, monkeypatch, teacher):
+    """Of the co-teacher alone, or of co-teacher and the teacher's answers; a pixel below the confidence is ignored."""
     torch.manual_seed(0)                                               # whichever tests ran before
-    net, path = models.UNet(2, 8), tmp_path / "teacher.pt"
-    models.save_checkpoint(path, dict(networks=dict(student=net.state_dict()), architecture=net.architecture,
-                                      inference=dict(view="heart", size=32), better="student"))
-    cfg = config(data, method="mt" if teacher == "none" else "act", teacher_ckpt=str(path) * (teacher == "frozen"),
-                 cutmix=0.0, confidence=0.4, teacher=(2, 8), student=(2, 4), precision="fp32")
-    slices = Slices(cfg, torch.device("cpu"))
-    act = ActNet(cfg, torch.device("cpu"), slices)
+    cfg = config(data, method="mt" if teacher == "none" else "act", teacher_along=teacher == "along", cutmix=0.0,
+                 confidence=0.4, precision="fp32")
+    slices, act = last_stage(cfg)
     answers, targets = [], []
-    for name in ("coteacher", "teacher")[:1 + (teacher == "frozen")]:
-        act.nets[name].head.weight.data.mul_(30)                                            # surer than at the start
-        act.nets[name].register_forward_hook(lambda net, x, y: answers.append(y[-2:]))        # the two without labels
+    act.nets["coteacher"].head.weight.data.mul_(30)                                         # surer than at the start
+    act.nets["coteacher"].register_forward_hook(lambda net, x, y: answers.append(y[-2:]))     # the two without labels
     monkeypatch.setattr(train_actnet, "dice_ce", lambda logits, target, **form: (
         targets.append(target), dice_ce(logits, target, **form))[1])
-    x, y, rng = slices.batch(0)
-    act.step(0, x, y, rng)
-    assert len(answers) == (2 if teacher == "frozen" else 1)
+    x, y, t, rng = slices.batch(0)
+    act.step(0, x, y, t, rng)
+    answers += [t[2:]] if teacher == "answers" else []
+    assert len(answers) == (2 if teacher == "answers" else 1)
     probs = torch.stack([a.double().softmax(1) for a in answers]).mean(0)
     hard = probs.argmax(1).where(probs.amax(1) >= 0.4, -100)
     assert 0.02 < (hard == -100).float().mean() < 0.98
     assert (targets[0] == hard).float().mean() > 0.999                                # fp32 beside fp64 on the edge
+
+
+def test_answers_follow_the_image(data):
+    """Answers that are the annotation itself lie, after geometry and CutMix's roll, where the labels lie; outside of
+    them is background."""
+    cfg = config(data, labeled=2, batch=4, labeled_batch=4, size=32, method="kd")
+    slices = pool(cfg)
+    slices.keep_answers(None)
+    for k in (1, 2, 3):
+        slices.answers[:, k - 1] = 255 * (slices.labels[:, 0] == k)
+    for step in range(3):
+        _, y, t, _ = slices.batch(step)
+        probs = t.softmax(1)
+        torch.testing.assert_close(probs.sum(1), torch.ones_like(probs[:, 0]))
+        assert (probs.argmax(1) == y).float().mean() > 0.97                      # nearest beside bilinear on the edges
+        assert probs.amax(1).median() > 0.99
+
+
+class Square(torch.nn.Module):
+    """Says RV, with 0.9, where a slice is brighter than its mean: what turns with the image."""
+
+    def __init__(self):
+        super().__init__()
+        self.architecture, self.scale = dict(num_classes=4), torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        p = torch.where(x > 0, 0.9, 0.1)
+        return self.scale * torch.cat([1 - p, p, torch.full_like(p, 1e-6), torch.full_like(p, 1e-6)], 1).log()
+
+
+def test_an_answer_is_the_mean_over_turns_and_networks():
+    image = torch.zeros(2, 1, 64, 64)
+    image[:, :, 24:34, 20:44] = 1
+    inside = image[:, 0, 27:31, 24:40].bool()
+    window = dict(size=48, view="heart")
+    for views, nets in ((1, 1), (5, 1), (3, 2)):
+        said = ask([(Square(), window)] * nets, image, views).float() / 255
+        assert said.shape == (2, 3, 64, 64)
+        assert (said[:, 0, 27:31, 24:40][inside] - 0.9).abs().max() < 0.02                 # turned there and back again
+        assert (said[:, 0, 15:20, 26:38] - 0.1).abs().max() < 0.02
+        assert said[:, 0, :5, :5].max() == 0                                     # outside of the window, however turned
+        assert said[:, 1:].max() == 0
 
 
 # ------------------------------------------------------------------------------------------------------------- runs
@@ -246,28 +300,82 @@ def test_hard_labels_are_the_mean_of_those_who_answer(data, tmp_path, monkeypatc
     ("sup", [], set()),
     ("mt", [], {"co"}),
     ("mt", ["--consistency", "mse"], {"co"}),
-    ("kd", [], {"kd", "teacher"}),
-    ("kd", ["--distill", "mse", "--tau", 20], {"kd", "teacher"}),
-    ("act", [], {"kd", "co", "teacher"}),
-    ("act", ["--labeled", 4, "--consistency", "mse", "--view", "whole"], {"kd", "co", "teacher"}),
-    ("act", ["--batch", 2, "--labeled-batch", 1, "--optimizer", "sgd", "--dice", "squared"], {"kd", "co", "teacher"}),
+    ("kd", [], {"kd"}),
+    ("kd", ["--distill", "mse", "--tau", 20, "--views", 1], {"kd"}),
+    ("act", [], {"kd", "co"}),
+    ("act", ["--rounds", 2, "--cache", "disk"], {"kd", "co"}),
+    ("act", ["--teacher-along"], {"kd", "co", "teacher"}),
+    ("act", ["--labeled", 4, "--consistency", "mse", "--view", "whole", "--teacher-along"], {"kd", "co", "teacher"}),
+    ("act", ["--batch", 2, "--labeled-batch", 1, "--optimizer", "sgd", "--dice", "squared"], {"kd", "co"}),
     ("mt", ["--network", "teacher"], {"co"}),
 ])
 def test_terms_of_each_method(data, tmp_path, method, more, present):
-    rows = run(data, tmp_path / "run", "--method", method, "--ramp", 0, "--confidence", 0, *more)
-    assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    for row in rows[1:]:                                # at step 0 the co-teacher equals the student: co may be 0
-        assert {k for k in ("kd", "co", "teacher") if row[k] > 0} == present
+    rows = run(data, tmp_path / "run", "--method", method, "--confidence", 0, "--iters", 8,
+               "--stages", 2, 3, 3, *more)
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    alone = {"sup": [2] * 8, "mt": [2] * 4 + [3] * 4}.get(method, [1] * 2 + [2] * 3 + [3] * 3)
+    assert [row["stage"] for row in rows] == ([3] * 8 if "--teacher-along" in more else alone)
+    last = [row for row in rows if row["stage"] == rows[-1]["stage"]]
+    for row in rows:
+        if row != last[0]:                         # there co-teacher and student are equal: co may be 0
+            assert {k for k in ("kd", "co", "teacher") if row[k] > 0} == (present if row in last else set())
         assert row["loss"] == pytest.approx(row["dice"] + row["ce"] + row["kd"] + row["co"], abs=1e-5)
     assert ("val_coteacher" in rows[-1]) == (method in ("mt", "act"))
+    assert ("val_teacher" in rows[1]) == (rows[0]["stage"] == 1 or "--network" in more)
     net, checkpoint = load_model(tmp_path / "run" / "best.pt")
     assert net.architecture["base"] == (8 if "--network" in more else 4)
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        "config.json", "log.csv", "curves.png", "best.pt", "last.pt", "previous.pt", "student.pt",
-        "summary.json"}
+    files = {"config.json", "log.csv", "curves.png", "best.pt", "last.pt", "previous.pt", "summary.json"}
+    files |= {"teacher.pt"} if rows[0]["stage"] == 1 or "--network" in more else set()
+    files |= {"student.pt"} if "--network" not in more else set()
+    files |= {"renewal.pt"} if "--rounds" in more else set()
+    assert {p.name for p in (tmp_path / "run").iterdir()} == files
     written = json.loads((tmp_path / "run" / "config.json").read_text())
     assert written["labeled_patients"][:2] == ["patient099", "patient038"]
     assert checkpoint["config"]["method"] == written["config"]["method"] == method
+
+
+def test_stages_share_the_steps():
+    def steps(**changes):
+        return count_steps(Config(**{"iters": 100, "stages": (1, 3, 1), **changes}))
+    assert steps() == (20, 60, 20)
+    assert steps(method="kd") == (20, 60, 20)
+    assert steps(method="mt") == (0, 75, 25)
+    assert steps(method="sup") == (0, 100, 0)
+    assert steps(teacher_ckpt=("t.pt",)) == (0, 75, 25)
+    assert steps(init="s.pt") == (50, 0, 50)
+    assert steps(init="s.pt", teacher_ckpt=("t.pt",)) == steps(teacher_along=True) == (0, 0, 100)
+    assert steps(iters=7, stages=(1, 1, 1)) == (3, 2, 2)
+    assert steps(iters=3, stages=(1, 100, 1)) == (1, 1, 1)
+    with pytest.raises(train_actnet.DataError, match="--iters 2"):
+        steps(iters=2)
+
+
+def test_the_best_of_a_stage_goes_on(data, tmp_path, monkeypatch):
+    """Co-teaching begins from the student's best on val, not its last, and asks the teacher's best."""
+    scores = iter([0.1, 0.5, 0.3, 0.7, 0.6, 0.2] + [0.4] * 99)        # teacher, then student, at 2, 4, ... 12
+    monkeypatch.setattr(evaluate, "validate", lambda *_: dict(dice=[next(scores)] * 3, hd95_voxel=[1.0] * 3))
+    seen, asked, begin = {}, [], ActNet.__init__
+
+    def watch(self, cfg, device, stage, nets, noise):
+        begin(self, cfg, device, stage, nets, noise)
+        seen[stage.number] = {k: v.clone() for k, v in nets[self.learner].state_dict().items()}
+    monkeypatch.setattr(ActNet, "__init__", watch)
+    monkeypatch.setattr(train_actnet, "ask", lambda nets, images, views: (
+        asked.append(nets[0][0].state_dict()), ask(nets, images, views))[1])
+    kept = set()
+
+    def keep(path, content, previous=None):
+        kept.add((path.name, content["step"]))
+        models.save_checkpoint(path, content, previous)
+    monkeypatch.setattr(train_actnet, "save_checkpoint", keep)
+    run(data, tmp_path / "run", "--iters", 18, "--stages", 1, 1, 1)
+    assert {key for key in kept if key[0] != "last.pt"} == {
+        ("teacher.pt", 2), ("teacher.pt", 4), ("best.pt", 8), ("student.pt", 8)}
+    for name, value in load_model(tmp_path / "run" / "teacher.pt")[0].state_dict().items():
+        assert torch.equal(asked[0][name], value)
+    for name, value in load_model(tmp_path / "run" / "best.pt")[0].state_dict().items():
+        assert torch.equal(seen[3][name], value)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["best"]["step"] == 8
 
 
 def test_coteacher_is_the_moving_average_of_the_student(data, tmp_path, monkeypatch):
@@ -278,7 +386,7 @@ def test_coteacher_is_the_moving_average_of_the_student(data, tmp_path, monkeypa
             seen.append({k: {n: t.clone() for n, t in net.items()} for k, net in content["networks"].items()})
         models.save_checkpoint(path, content, previous)
     monkeypatch.setattr(train_actnet, "save_checkpoint", keep)
-    run(data, tmp_path / "run", "--method", "mt", "--ema", 0.6, "--val-every", 1)
+    run(data, tmp_path / "run", "--method", "mt", "--ema", 0.6, "--val-every", 1, "--stages", 0, 0, 1)
     assert len(seen) == 4
     for step, (before, after) in enumerate(zip([None] + seen, seen, strict=False)):
         decay = min(0.6, step / (step + 1))
@@ -294,14 +402,24 @@ def test_coteacher_is_the_moving_average_of_the_student(data, tmp_path, monkeypa
     assert any("head.weight" in n for n in moved)
 
 
-def test_frozen_teacher_stays_and_teaches(data, tmp_path):
-    run(data, tmp_path / "teacher", "--method", "sup", "--network", "teacher")
-    ckpt = tmp_path / "teacher" / "best.pt"
-    rows = run(data, tmp_path / "run", "--teacher-ckpt", ckpt, "--ramp", 0)
-    assert all(row["kd"] > 0 and row["teacher"] == 0 for row in rows)
-    before, after = load_checkpoint(ckpt), load_checkpoint(tmp_path / "run" / "last.pt")
-    for name, tensor in before["networks"]["student"].items():
-        assert torch.equal(tensor, after["networks"]["teacher"][name]), name
+def test_several_teachers_answer_and_stay(data, tmp_path, monkeypatch):
+    """--teacher-ckpt A B: copies in the run's folder, whose mean is learnt from; the run needs A and B no more."""
+    for seed, shape in ((0, ["2", "8"]), (1, ["3", "4"])):
+        run(data, tmp_path / f"t{seed}", "--method", "sup", "--network", "teacher", "--seed", seed, "--teacher", *shape)
+    given = [str(tmp_path / f"t{seed}" / "best.pt") for seed in (0, 1)]
+    before = [Path(path).read_bytes() for path in given]
+    asked = []
+    monkeypatch.setattr(train_actnet, "ask", lambda nets, *rest: (
+        asked.append([net.architecture["depth"] for net, _ in nets]), ask(nets, *rest))[1])
+    rows = run(data, tmp_path / "run", "--teacher-ckpt", *given)
+    assert sorted(asked[0]) == [2, 3]
+    assert [row["stage"] for row in rows] == [2, 2, 2, 3]
+    assert rows[3]["kd"] > 0 == rows[3]["teacher"]
+    assert [(tmp_path / "run" / f"{name}.pt").read_bytes() for name in ("teacher", "teacher-2")] == before
+    for path in given:
+        Path(path).unlink()
+    assert main(["--resume", str(tmp_path / "run"), "--iters", "6"]) == 0
+    assert len(asked[-1]) == 2
 
 
 def test_a_student_is_no_teacher(data, tmp_path, capsys):
@@ -315,21 +433,21 @@ def test_a_student_is_no_teacher(data, tmp_path, capsys):
 def test_the_labelled_share_follows_the_batch():
     def labeled(*options):
         return train_actnet.resolve(train_actnet.parse(["--out", "absent", *options]))[0].labeled_batch
-    assert [labeled("--batch", "48"), labeled("--batch", "1"), labeled("--preset", "cpu", "--batch", "4")] == [24, 1, 2]
+    assert [labeled("--batch", "48"), labeled("--batch", "1"), labeled("--preset", "cpu", "--batch", "4")] == [24, 1, 1]
     assert labeled("--batch", "48", "--labeled-batch", "12") == 12
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_teacher_along_learns_in_every_layer(data, precision):
     """It first answers without gradients, then learns, inside one autocast: a cached cast would cut its gradients."""
-    _, slices, act = train_actnet.prepare(config(data, student=(2, 4), teacher=(2, 8), cpu=True, precision=precision))
+    slices, act = last_stage(config(data, teacher_along=True, precision=precision))
     act.step(0, *slices.batch(0))
     for net in ("student", "teacher"):
         assert [n for n, p in act.nets[net].named_parameters() if not p.grad.any()] == []
 
 
 def test_start_from_a_checkpoint(data, tmp_path, capsys):
-    run(data, tmp_path / "first", "--method", "kd", "--network", "student")
+    run(data, tmp_path / "first", "--method", "kd")
     best = tmp_path / "first" / "best.pt"
     run(data, tmp_path / "then", "--method", "mt", "--init", best, "--lr", 1e-12, "--iters", 1, "--precision", "fp32")
     before, after = (load_model(tmp_path / name / "best.pt", which="student")[0] for name in ("first", "then"))
@@ -347,18 +465,22 @@ def test_start_from_a_checkpoint(data, tmp_path, capsys):
 
 def test_finished_run_gives_its_scores_and_a_small_student(data, tmp_path):
     table = tmp_path / "table.csv"
-    for seed in (0, 1):
-        run(data, tmp_path / f"run{seed}", "--seed", seed, "--table", table)
+    for seed in (0, 1):                                            # long enough that the last stage holds the best
+        run(data, tmp_path / f"run{seed}", "--seed", seed, "--table", table, "--iters", 60, "--val-every", 20)
     with open(table) as f:
         rows = list(csv.DictReader(f))
-    kinds = [(net, "last") for net in ("student", "coteacher", "teacher")]
-    kinds += [(net, "best") for net in ("student", "coteacher")]
-    assert [(r["network"], r["when"], r["seed"]) for r in rows] == [(*k, s) for s in "01" for k in kinds]
+    kinds = []
+    for seed in "01":
+        best = load_checkpoint(tmp_path / f"run{seed}" / "best.pt")["networks"]
+        kinds += [(name, "last", seed) for name in ("student", "coteacher")]
+        kinds += [(name, "best", seed) for name in ("teacher", *best)]
+    assert [(r["network"], r["when"], r["seed"]) for r in rows] == kinds
+    rows = [r for r in rows if r["seed"] == "1"]
     summary = json.loads((tmp_path / "run1" / "summary.json").read_text())
-    last = [float(rows[5][f"dice_{c}"]) for c in ("RV", "MYO", "LV")]
+    last = [float(rows[0][f"dice_{c}"]) for c in ("RV", "MYO", "LV")]
     np.testing.assert_allclose(last, summary["last"]["student"], atol=1e-4)
-    assert np.mean(last) == pytest.approx(float(rows[5]["dice_mean"]), abs=1e-4)
-    assert float(rows[5]["hd95_mean"]) > 0
+    assert np.mean(last) == pytest.approx(float(rows[0]["dice_mean"]), abs=1e-4)
+    assert float(rows[0]["hd95_mean"]) > 0
     best, small = (load_model(tmp_path / "run1" / f"{name}.pt") for name in ("best", "student"))
     assert small[1]["better"] == best[1]["better"]
     for a, b in zip(best[0].state_dict().values(), small[0].state_dict().values(), strict=True):
@@ -390,14 +512,15 @@ def test_what_fits_decides_where_the_slices_wait(monkeypatch):
     assert choose_cache("auto", cpu, 2**20) == "device"
     assert choose_cache("auto", cpu, 2**50) == "disk"
     assert choose_cache("ram", cpu, 2**50) == "ram"
-    monkeypatch.setattr(train_actnet, "world", lambda: (0, 2**30))                            # each wants its own
+    monkeypatch.setattr("slices.world", lambda: (0, 2**30))                            # each wants its own
     assert choose_cache("auto", cpu, 2**20) == "disk"
 
 
 def test_a_reader_takes_nothing_of_the_device(data):
-    slices = pickle.loads(pickle.dumps(Slices(config(data, cache="disk"), torch.device("cpu"))))
+    slices = pickle.loads(pickle.dumps(pool(config(data, cache="disk"))))
     assert slices.noise is None
-    assert [part.shape for part in slices[0]] == [(4, 1, 96, 96), (2, 1, 96, 96)]
+    assert slices[0][2] == ()
+    assert [part.shape for part in slices[0][:2]] == [(4, 1, 96, 96), (2, 1, 96, 96)]
 
 
 def test_damaged_slice_read_ahead_is_one_line(data, tmp_path, capsys):
@@ -453,27 +576,57 @@ def test_torchrun_chooses_the_gpus(monkeypatch, capsys):
     assert "CUDA_VISIBLE_DEVICES" in capsys.readouterr().err
 
 
-def test_bench_times_every_stage(data, tmp_path):
-    cfg = config(data, student=(2, 4), teacher=(2, 8), cpu=True, precision="fp32", iters=2)      # fewer than are timed
-    train_actnet.bench(cfg, 4, tmp_path / "results" / "step.csv")
-    train_actnet.bench(config(data, student=(2, 4), method="sup", cpu=True), 4, tmp_path / "results" / "step.csv")
+def test_bench_times_every_part_of_every_stage(data, tmp_path):
+    options = ["--data", str(data), *SMALL, "--steps", "3", "--csv", str(tmp_path / "results" / "step.csv")]
+    bench_step.main(options)                                                      # --iters 4: fewer than are timed
+    bench_step.main([*options, "--teacher-along"])
     with open(tmp_path / "results" / "step.csv") as f:
-        act, sup = csv.DictReader(f)
-    stages = ("data", "student", "coteacher", "teacher", "loss", "backward", "optimizer", "ema")
-    assert sum(float(act[f"{s}_percent"]) for s in stages) == pytest.approx(100, abs=0.5)
-    assert all(float(act[f"{s}_percent"]) > 0 for s in stages)              # not more: a busy machine stretches any
-    assert float(sup["teacher_percent"]) + float(sup["coteacher_percent"]) < float(sup["backward_percent"]) / 4
-    assert float(act["ms_p20"]) <= float(act["ms_p50"]) <= float(act["ms_p80"])
-    assert float(act["slices_per_s"]) == pytest.approx(4000 / float(act["ms_p50"]), rel=1e-3)
-    assert float(act["gflop"]) > 2 * float(sup["gflop"]) > 0
+        teacher, student, coteaching, along = csv.DictReader(f)
+    assert [row["stage"] for row in (teacher, student, coteaching, along)] == ["1", "2", "3", "3"]
+    for row in (teacher, student, coteaching, along):
+        assert sum(float(row[f"{part}_percent"]) for part in bench_step.PARTS) == pytest.approx(100, abs=0.5)
+        assert float(row["ms_p20"]) <= float(row["ms_p50"]) <= float(row["ms_p80"])
+        assert float(row["slices_per_s"]) == pytest.approx(4000 / float(row["ms_p50"]), rel=1e-3)
+    share = {name: {part: float(row[f"{part}_percent"]) for part in bench_step.PARTS}
+             for name, row in (("along", along), ("student", student))}
+    assert min(share["along"].values()) > 0                                 # not more: a busy machine stretches any
+    assert share["student"]["teacher"] + share["student"]["coteacher"] < share["student"]["backward"] / 4
+    assert float(along["gflop"]) > 2 * float(coteaching["gflop"]) > 0
 
 
 def test_arithmetic_of_a_step(data):
     """Multiply-accumulates by hand: UNet[1, 4] on 32 x 32 is 9 (1 * 4 + 4 * 4) + 4 * 4 a pixel."""
-    macs = (9 * (1 * 4 + 4 * 4) + 4 * 4) * 32 * 32
-    cfg = config(data, student=(1, 4), teacher=(1, 4), cpu=True)
-    act = train_actnet.prepare(cfg)[2]                        # 4 slices, 2 of them with labels
-    assert train_actnet.flop(act) == 2 * macs * (3 * 4 + 2 + (3 * 2 + 2))
+    gflop = 2 * (9 * (1 * 4 + 4 * 4) + 4 * 4) * 32 * 32 / 1e9
+    cfg = config(data, student=(1, 4), teacher=(1, 4))                                # 4 slices, 2 of them with labels
+    for number, passes in ((1, 3 * 4), (2, 3 * 4), (3, 3 * 4 + 2)):
+        assert train_actnet.step_cost(cfg, Stage(number, 0, 1)) == pytest.approx(passes * gflop)
+    along = replace(cfg, teacher_along=True)
+    assert train_actnet.step_cost(along, Stage(3, 0, 1)) == pytest.approx((3 * 4 + 2 + 3 * 2 + 2) * gflop)
+
+
+def operators(actnet, batch):
+    """How many operators a step issues."""
+    class Count(TorchDispatchMode):
+        n = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            Count.n += 1
+            return func(*args, **(kwargs or {}))
+    with Count():
+        actnet.step(0, *batch)
+    return Count.n
+
+
+def test_a_step_of_co_teaching_costs_the_same_whatever_the_teacher(data):
+    """Its answers are there: the operators of a step are those with a small teacher, and fewer than with one along."""
+    counts = {}
+    kinds = dict(small=dict(teacher=(2, 4)), large=dict(teacher=(5, 16)), along=dict(teacher_along=True))
+    for name, changes in kinds.items():
+        slices, actnet = last_stage(config(data, **changes))
+        batch = slices.batch(0)
+        actnet.step(0, *batch)
+        counts[name] = operators(actnet, batch)
+    assert counts["small"] == counts["large"] < 0.75 * counts["along"]
 
 
 def test_compiled_networks_train_alike(data, tmp_path, monkeypatch):
@@ -484,10 +637,9 @@ def test_compiled_networks_train_alike(data, tmp_path, monkeypatch):
     assert logs[0][-1]["val_student"] == logs[1][-1]["val_student"]
 
 
-def test_loop_beside_the_fields_runs(data, monkeypatch):
-    monkeypatch.setattr(loop_bench, "ROUNDS", 1)
-    monkeypatch.setattr(loop_bench, "STEPS", 1)
-    assert loop_bench.main(["--data", str(data), *SMALL]) > 0
+def test_loop_beside_the_fields_runs(data):
+    cfg = config(data)
+    assert bench_step.beside(cfg, CPU, Slices(cfg, CPU), rounds=1, steps=1) > 0
 
 
 def start(data, out, *more):
@@ -528,8 +680,9 @@ def test_infinite_loss_stops_with_its_step_and_slices(data, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "step 4:" in error
     assert "nan" in error
-    names = [Slices(config(data), torch.device("cpu")).names[i] for i in
-             Slices(config(data), torch.device("cpu")).indices(4)[0]]
+    slices = pool(config(data))
+    slices.begin(Stage(3, 3, 6))
+    names = [slices.names[i] for i in slices.indices(4)[0]]
     assert all(name in error for name in names)
     assert (tmp_path / "run" / "last.pt").read_bytes() == poisoned                       # nothing written after it
 
@@ -539,7 +692,7 @@ def test_damaged_last_checkpoint_falls_back(data, tmp_path, capsys):
     last = tmp_path / "run" / "last.pt"
     last.write_bytes(last.read_bytes()[:-1000])
     assert main(["--resume", str(tmp_path / "run"), "--iters", "5"]) == 0
-    assert "previous.pt, step 2" in capsys.readouterr().err
+    assert "previous.pt, step 3" in capsys.readouterr().err
     assert load_checkpoint(last)["step"] == 5
     with open(tmp_path / "run" / "log.csv") as f:
         assert [row["step"] for row in csv.DictReader(f)] == ["1", "2", "3", "4", "5"]
@@ -618,7 +771,7 @@ def test_run_folder_is_never_overwritten(data, tmp_path, monkeypatch, capsys):
     assert "--resume" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
     for expected in ("runs/act-2-seed0", "runs/act-2-seed0-2"):
-        assert main(["--data", str(data), *SMALL, "--iters", "1"]) == 0
+        assert main(["--data", str(data), *SMALL, "--iters", "3"]) == 0
         assert Path(expected, "best.pt").exists()
 
 
@@ -635,7 +788,7 @@ def test_demo_from_nothing_to_a_table(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_step_never_waits(data):
-    _, slices, act = train_actnet.prepare(config(data, student=(2, 4), teacher=(2, 8)))
+    slices, act = last_stage(config(data), models.pick_device())
     act.step(0, *slices.batch(0))
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
