@@ -380,7 +380,7 @@ def test_a_flipped_bit_in_a_compressed_image_is_refused_or_harmless(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
 def test_a_pipe_named_as_an_image_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "image.nii.gz")
-    with pytest.raises(DataError, match=r"image\.nii\.gz: cannot be read"):
+    with pytest.raises(DataError, match=r"image\.nii\.gz: is not a file"):
         data_prep.load_nifti(tmp_path / "image.nii.gz")
 
 
@@ -429,8 +429,8 @@ def test_full_disk(raw, tmp_path, monkeypatch, capfd, seed):
         def __getattr__(self, name):
             return getattr(self.file, name)
 
-    def full_open(path, mode):
-        return Full(path) if mode == "wb" else open(path, mode)
+    def full_open(path, mode, **how):
+        return Full(path) if mode == "wb" else open(path, mode, **how)
 
     monkeypatch.setattr(data_prep, "open", full_open, raising=False)
     assert data_prep.main([str(raw), str(tmp_path / "out"), "--allow-missing"]) == 2
@@ -522,7 +522,10 @@ def test_a_damaged_file_of_an_earlier_run_is_made_again(prepared, cohort):
 def test_a_second_preparation_says_who_holds_the_folder(raw, tmp_path, capfd):
     out = tmp_path / "out"
     out.mkdir()
-    code = "import data_prep as d, pathlib, sys\nwith d.locked(pathlib.Path(sys.argv[1])): print(flush=True), input()"
+    code = """if 1:
+        import data_prep, pathlib, sys
+        with data_prep.locked_folder(pathlib.Path(sys.argv[1])):
+            print(flush=True), input()"""
     pipe = subprocess.PIPE
     holder = subprocess.Popen([sys.executable, "-c", code, str(out)], cwd=SCRIPT.parent, stdin=pipe, stdout=pipe)
     try:
@@ -612,7 +615,7 @@ FAULTS = {
     "text": (_h5(VALUE, _replace("image", lambda a: "hello")), "3D"),
     "bad spacing": (_h5(VALUE, lambda h: h.attrs.__setitem__("spacing", [1.0, 0.0, 1.0])), "spacing"),
     "other content": (_h5(SLICE_FILE, _replace("image", lambda a: a[::-1])), "manifest"),
-    "list absent": (lambda root: (root / "val.list").unlink() or "val.list", "cannot be read"),
+    "list absent": (lambda root: (root / "val.list").unlink() or "val.list", "absent"),
     "list not text": (lambda root: (root / "val.list").write_bytes(b"\xff\xfe\0") and "val.list", "cannot be read"),
     "path in a list": (_list("val.list", lambda n: n + ["../../etc/passwd"]), "not a name"),
     "entry twice": (_list("val.list", lambda n: n + n[-1:]), "2 times"),
@@ -622,7 +625,7 @@ FAULTS = {
     "last slice not listed": (_list("train_slices.list", lambda n: n[:-1]), "manifest"),
     "slice of no volume": (_list("train_slices.list", lambda n: n + ["patient001_frame01_slice_1"]), "not in train"),
     "other order": (_list("train_slices.list", _swap), "order"),
-    "manifest damaged": (lambda root: (root / "manifest.json").write_text("[1") and "manifest.json", "not a manifest"),
+    "manifest damaged": (lambda root: (root / "manifest.json").write_text("[1") and "manifest.json", "cannot be read"),
 }
 
 
