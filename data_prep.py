@@ -58,6 +58,7 @@ VOLUME, SLICE = r"patient\d{3}_frame\d\d", r"patient\d{3}_frame\d\d_slice_[1-9]\
 MAX_VOXELS = 2**28  # 1 GiB in float32; a cine of 256 x 256 x 10 x 30 has 2**24
 DEFLATE = 1100  # zlib shrinks 1032 times at most: a file that claims more than that lies
 NIFTI_STARTS = {n.to_bytes(4, order) for n in (348, 540) for order in ("little", "big")}  # the header's own length
+FETCH, AGAIN = "fetch the file again", "prepare the data again"  # remedies
 MAX_TAIL = 2**20  # bytes that a .nii.gz may hold behind its voxels
 
 
@@ -75,7 +76,7 @@ class Volume(NamedTuple):
     group: str | None  # DCM, HCM, MINF, NOR or RV
 
 
-def require(ok, path, problem, remedy="prepare the data again"):
+def require(ok, path, problem, remedy=AGAIN):
     if not ok:
         raise DataError(f"{path}: {problem}; {remedy}")
 
@@ -106,6 +107,31 @@ def exit_code(prog, work, errors=(), interrupted="run it again to go on", memory
     return code
 
 
+@contextmanager
+def readable(path, remedy=AGAIN):
+    """A regular file (a pipe would be waited for); what a library raises where it is damaged becomes a DataError."""
+    require(os.path.exists(path), path, "absent", remedy)
+    require(os.path.isfile(path), path, "is not a file", remedy)
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as e:  # it can be anything
+        raise DataError(f"{path}: cannot be read ({one_line(e)}); {remedy}") from None
+
+
+def require_room(path, numbers, claim, remedy=AGAIN):
+    """Before an array of so many numbers is allocated: it is not empty, and no larger than the file can hold."""
+    room = min(MAX_VOXELS, DEFLATE * os.path.getsize(path))
+    require(0 < numbers <= room, path, f"{claim}, more than the file can hold", remedy)
+
+
+def checked_label(path, label, image, remedy=AGAIN):
+    require(label.shape == image.shape, path, f"label of shape {label.shape}, but image {image.shape}", remedy)
+    require(np.isin(label, (0, 1, 2, 3)).all(), path, "labels outside 0..3", remedy)
+    return label.astype(np.uint8, copy=False)
+
+
 # ------------------------------------------------------------------------------------------------------------------ raw
 
 
@@ -116,45 +142,44 @@ def load_nifti(path):
     Raises DataError: unreadable, neither 3D nor 4D, not finite numbers, no spacing, or too large (told by the header,
     before anything is allocated).
     """
-    remedy, zipped = "fetch the file again", str(path).lower().endswith(".gz")
-    try:
-        if zipped and os.path.isfile(path):  # a pipe would be waited for
-            with open(path, "rb") as f:
-                plain = f.read(4) in NIFTI_STARTS  # unpacked by a browser or a tool that kept the name
-            require(not plain, path, "not compressed", "rename it to .nii, or compress it with gzip")
-        with nib.imageglobals.LoggingOutputSuppressor():
-            image = nib.load(path)
-            shape, dtype = image.shape, image.get_data_dtype()
-            numbers = len(shape) in (3, 4) and min(shape) > 0 and dtype.kind in "iuf"
-            require(numbers, path, f"{dtype} of shape {shape} is not a 3D or 4D image", remedy)
-            room = min(MAX_VOXELS, DEFLATE * os.path.getsize(path))
-            require(math.prod(shape) <= room, path, f"the header claims {shape}, more than the file can hold", remedy)
-            data = image.dataobj
-            with image.file_map["image"].get_prepare_fileobj("rb") as f:
-                spec = data.shape, data.dtype, data.offset, data.slope, data.inter
-                array = np.asanyarray(nib.arrayproxy.ArrayProxy(f.fobj, spec)).T
-                # nibabel stops behind the voxels, but gzip compares its checksum only at the end of the stream
-                ended = not zipped or len(f.read(MAX_TAIL + 1)) <= MAX_TAIL
-            require(ended, path, f"goes on for more than {MAX_TAIL} bytes behind its voxels", remedy)
-            with (image.file_map.get("header") or image.file_map["image"]).get_prepare_fileobj("rb") as f:
-                header = type(image.header).from_fileobj(f, check=False)  # checked, a zoom of 0 would become 1 mm
+    zipped = str(path).lower().endswith(".gz")
+    with readable(path, FETCH), nib.imageglobals.LoggingOutputSuppressor():
+        with open(path, "rb") as f:
+            plain = f.read(4) in NIFTI_STARTS  # unpacked by a browser or a tool that kept the name
+        require(not (plain and zipped), path, "not compressed", "rename it to .nii, or compress it with gzip")
+        image = nib.load(path)
+        shape, dtype = image.shape, image.get_data_dtype()
+        numbers = len(shape) in (3, 4) and min(shape) > 0 and dtype.kind in "iuf"
+        require(numbers, path, f"{dtype} of shape {shape} is not a 3D or 4D image", FETCH)
+        require_room(path, math.prod(shape), f"the header claims {shape}", FETCH)
+        array = read_voxels(path, image, zipped)
+        with (image.file_map.get("header") or image.file_map["image"]).get_prepare_fileobj("rb") as f:
+            header = type(image.header).from_fileobj(f, check=False)  # checked, a zoom of 0 would become 1 mm
         spacing = tuple(abs(float(z)) for z in header.get_zooms()[2::-1])
-    except DataError:
-        raise
-    except Exception as e:  # a damaged header can raise anything
-        raise DataError(f"{path}: cannot be read ({one_line(e)}); {remedy}") from None
     require(all(0 < z < math.inf for z in spacing), path, f"spacing {spacing} mm", "write the true zooms into it")
-    require(np.isfinite(array).all(), path, "holds NaN or infinity", remedy)
+    require(np.isfinite(array).all(), path, "holds NaN or infinity", FETCH)
     return array, spacing, image
+
+
+def read_voxels(path, image, zipped):
+    """The image's array, its axes reversed. A .nii.gz is read to its end, where gzip compares its checksum; nibabel
+    stops behind the voxels."""
+    data = image.dataobj
+    with image.file_map["image"].get_prepare_fileobj("rb") as f:
+        layout = data.shape, data.dtype, data.offset, data.slope, data.inter
+        array = np.asanyarray(nib.arrayproxy.ArrayProxy(f.fobj, layout)).T
+        tail = f.read(MAX_TAIL + 1) if zipped else b""
+    require(len(tail) <= MAX_TAIL, path, f"goes on for more than {MAX_TAIL} bytes behind its voxels", FETCH)
+    return array
 
 
 def read_info(folder):
     """Info.cfg of a patient's folder -> {"ED": 1, "ES": 12, "Group": "DCM", ...}."""
     path, remedy = Path(folder) / "Info.cfg", "restore it from the release"
-    require(path.is_file() and os.access(path, os.R_OK), path, "absent or not readable", remedy)
-    with open(path, "rb") as f:
+    with readable(path, remedy), open(path, "rb") as f:
         lines = f.read(65536).decode("utf-8", "replace").splitlines()
-    info = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    pairs = [line.partition(":") for line in lines]
+    info = {key.strip(): value.strip() for key, _, value in pairs}
     for phase in PHASES:
         require(re.fullmatch("[0-9]{1,4}", info.get(phase, "")), path, f"no frame number for {phase}", remedy)
         info[phase] = int(info[phase])
@@ -163,26 +188,30 @@ def read_info(folder):
     return info
 
 
+def read_frame(path, needs_label):
+    """One raw frame with its annotation -> (image (Z, Y, X) float32, 0..1; label uint8 or None; spacing)."""
+    truth, label = path.with_name(path.name.replace(".nii", "_gt.nii")), None
+    array, spacing, _ = load_nifti(path)
+    require(array.ndim == 3, path, f"{array.ndim}D where one 3D frame belongs", FETCH)
+    with np.errstate(over="ignore", invalid="ignore"):  # refused below
+        image = array.astype(np.float32)
+        low, high = image.min(), image.max()
+        span = high - low
+    require(0 < span < np.inf, path, f"every voxel is {low} or the range overflows", FETCH)
+    if needs_label or truth.exists():
+        label = checked_label(truth, load_nifti(truth)[0], image, FETCH)
+    return (image - low) / span, label, spacing
+
+
 def read_patient(folder, needs_label):
     """ED and ES of one raw patient, checked -> [(image (Z, Y, X) float32, label uint8 or None, attributes)] * 2."""
-    info, frames, remedy = read_info(folder), [], "fetch the file again"
+    info, frames = read_info(folder), []
     for phase in PHASES:
         path = folder / f"{folder.name}_frame{info[phase]:02d}.nii.gz"
-        truth = path.with_name(path.name.replace(".nii", "_gt.nii"))
         require(path.exists(), path, f"absent, but Info.cfg says {phase}: {info[phase]}", "restore it from the release")
-        v, spacing, _ = load_nifti(path)
-        require(v.ndim == 3, path, f"{v.ndim}D where one 3D frame belongs", remedy)
-        with np.errstate(over="ignore"):  # refused below
-            v, label = v.astype(np.float32), None
-            low, high = v.min(), v.max()
-        require(0 < high - low < np.inf, path, f"every voxel is {low} or the range overflows", remedy)
-        if needs_label or truth.exists():
-            label = load_nifti(truth)[0]
-            require(label.shape == v.shape, truth, f"shape {label.shape}, but the image has {v.shape}", remedy)
-            require(np.isin(label, (0, 1, 2, 3)).all(), truth, "labels outside 0..3", remedy)
-            label = label.astype(np.uint8)
+        image, label, spacing = read_frame(path, needs_label)
         attrs = {"spacing": spacing, "group": info["Group"], "source": f"{folder.name}/{path.name}"}
-        frames.append(((v - low) / (high - low), label, attrs))
+        frames.append((image, label, attrs))
     return frames
 
 
@@ -201,41 +230,34 @@ def find_patients(raw):
 # ------------------------------------------------------------------------------------------------------------- prepared
 
 
-def read_h5(path, ndim):
-    """One prepared file -> (image float32 0..1, label uint8 or None, attributes); DataError where it is not sound.
+def read_array(path, h, key, ndim):
+    """h[key] of an open HDF5 file; data outside the file (links, external and virtual storage) are refused."""
+    linked = not isinstance(h.get(key, getlink=True), h5py.HardLink)  # looked at before it is followed
+    d = None if linked else h[key]
+    inside = isinstance(d, h5py.Dataset) and not d.external and not d.is_virtual
+    require(inside, path, f"{key} is not in the file itself")
+    numbers = len(d.shape or ()) == ndim and d.dtype.kind in "iuf"
+    require(numbers, path, f"{key} is {d.dtype} of shape {d.shape}, not {ndim}D numbers")
+    chunk = math.prod(d.chunks or ())  # is read whole, and may exceed the array
+    require_room(path, d.size and max(d.size, chunk), f"{key} claims {d.shape}")
+    return d[()]
 
-    Data outside the file (links, external and virtual storage) are refused, sizes are judged before the allocation.
-    """
-    require(os.path.isfile(path), path, "absent")
-    data, attrs = {"label": None}, {}
-    try:
-        with h5py.File(path, "r") as h:
-            for key in {"image", "label"}.intersection(h):
-                linked = not isinstance(h.get(key, getlink=True), h5py.HardLink)  # looked at before it is followed
-                d = None if linked else h[key]
-                inside = isinstance(d, h5py.Dataset) and not d.external and not d.is_virtual
-                require(inside, path, f"{key} is not in the file itself")
-                numbers = len(d.shape or ()) == ndim and d.dtype.kind in "iuf"
-                require(numbers, path, f"{key} is {d.dtype} of shape {d.shape}, not {ndim}D numbers")
-                room = min(MAX_VOXELS, DEFLATE * os.path.getsize(path))
-                claims = max(d.size, math.prod(d.chunks or ()))  # a chunk is read whole, and may exceed the array
-                require(d.size > 0 and claims <= room, path, f"{key} claims {d.shape}, more than the file can hold")
-                data[key] = d[()]
-            attrs = {key: str(h.attrs[key]) for key in ("group", "source") if key in h.attrs}
-            if "spacing" in h.attrs:
-                attrs["spacing"] = tuple(float(s) for s in h.attrs["spacing"])
-    except DataError:
-        raise
-    except Exception as e:  # so can a damaged file
-        raise DataError(f"{path}: cannot be read ({one_line(e)}); prepare the data again") from None
-    require("image" in data, path, "holds no image")
-    image, label, spacing = data["image"], data["label"], attrs.get("spacing", (1, 1, 1))
+
+def read_h5(path, ndim):
+    """One prepared file -> (image float32 0..1, label uint8 or None, attributes); DataError where it is not sound."""
+    label = None
+    with readable(path), h5py.File(path, "r") as h:
+        keys = set(h)  # not `in h`, which follows links
+        require("image" in keys, path, "holds no image")
+        image = read_array(path, h, "image", ndim)
+        if "label" in keys:
+            label = checked_label(path, read_array(path, h, "label", ndim), image)
+        attrs = {key: str(h.attrs[key]) for key in ("group", "source") if key in h.attrs}
+        if "spacing" in h.attrs:
+            attrs["spacing"] = tuple(float(s) for s in h.attrs["spacing"])
+    spacing = attrs.get("spacing", (1, 1, 1))
     require(image.min() >= 0 and image.max() <= 1, path, "image outside 0..1")  # NaN fails too
     require(len(spacing) == 3 and all(0 < s < math.inf for s in spacing), path, f"spacing {spacing}")
-    if label is not None:
-        require(label.shape == image.shape, path, f"label {label.shape}, but image {image.shape}")
-        require(np.isin(label, (0, 1, 2, 3)).all(), path, "labels outside 0..3")
-        label = label.astype(np.uint8, copy=False)
     return image.astype(np.float32, copy=False), label, attrs
 
 
@@ -248,11 +270,8 @@ def h5_path(root, name):
 def read_list(root, split, pattern=VOLUME):
     """The names in <split>.list, in its order: ["patient028_frame01", ...]."""
     path = Path(root) / f"{split}.list"
-    require(path.is_file() or not path.exists(), path, "is not a file")  # a named pipe would be waited for
-    try:
+    with readable(path, "prepare the data with data_prep.py"):
         names = path.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as e:
-        raise DataError(f"{path}: cannot be read ({one_line(e)}); prepare the data with data_prep.py") from None
     for name in names:
         require(re.fullmatch(pattern, name, re.ASCII), path, f"{name[:60]!r} is not a name like patient028_frame01")
     return names
@@ -349,26 +368,6 @@ def checksum(image, label):
     return h.hexdigest()
 
 
-def convert_patient(folder, split, out):
-    """Write what is not there yet of one patient -> [(path below OUT, checksum, number of slices)]."""
-    files = []
-    for number, (image, label, attrs) in enumerate(read_patient(folder, needs_label=split != "official"), 1):
-        name = f"{folder.name}_frame{number:02d}"
-        parts = [(f"data/{name}.h5", image, label)]
-        if split == "train":
-            parts = [(f"data/slices/{name}_slice_{s + 1}.h5", image[s], label[s]) for s in range(len(image))]
-        for file, x, y in parts:
-            try:  # of an earlier, perhaps killed run
-                there, truth, meta = read_h5(out / file, x.ndim)
-                whole = meta == attrs and np.array_equal(there, x) and np.array_equal(truth, y)
-            except DataError:
-                whole = False
-            if not whole:
-                write_atomic(out / file, h5_bytes(x, y, attrs))
-            files.append((file, checksum(x, y), len(x) if x.ndim == 3 else 1))
-    return files
-
-
 def run_parallel(function, jobs, workers=None, title=""):
     """function(*job) for each job in `workers` processes, one per core by default -> results in order."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -386,33 +385,20 @@ def _start_worker():
     threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True).start()
 
 
-@contextmanager
-def locked(out):
-    """Hold OUT/.lock, which names the holder. Forked workers inherit it: it is free when the last of them has left."""
-    if fcntl is None:
-        yield
-        return
-    path = out / ".lock"
+def hold(path):
+    """The file PATH, locked by this process; DataError where another goes on holding it. Forked workers inherit the
+    lock: it is free when the last of them has left."""
     for _ in range(30):  # the workers of a killed run need a moment
-        f = open(path, "a+")  # noqa: SIM115
+        f = open(path, "ab+", buffering=0)  # noqa: SIM115
         with suppress(BlockingIOError, FileNotFoundError):
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(f.fileno()), path.stat()):
-                break  # otherwise its last holder has just removed it
+                return f  # otherwise its last holder has just removed it
         f.seek(0)
-        holder = f.read() or "another process"
+        holder = f.read().decode(errors="replace") or "another process"
         f.close()
         time.sleep(0.1)
-    else:
-        raise DataError(f"{out}: {holder} is working in it; wait for it or choose another folder")
-    try:
-        f.truncate(0)
-        f.write(f"process {os.getpid()} on {platform.node()}")
-        f.flush()
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        f.close()
+    raise DataError(f"{path.parent}: {holder} is working in it; wait for it or choose another folder")
 
 
 def is_temporary(path):
@@ -422,28 +408,37 @@ def is_temporary(path):
 
 @contextmanager
 def locked_folder(path):
-    """A folder: made if absent, locked, rid of a killed process's temporary files, and not left behind empty."""
+    """A folder: made if absent, locked by a .lock that names the holder, rid of a killed process's temporary files,
+    and not left behind empty."""
     made = [d for d in (path, *path.parents) if not d.exists()]
+    lock = None
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with locked(path):
-            for part in filter(is_temporary, path.iterdir()):
-                part.unlink()
-            yield
+        if fcntl is not None:
+            lock = hold(path / ".lock")
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {platform.node()}".encode())
+        for part in filter(is_temporary, path.iterdir()):
+            part.unlink()
+        yield
     finally:
+        if lock is not None:
+            (path / ".lock").unlink(missing_ok=True)
+            lock.close()
         for d in made:
             with suppress(OSError):  # stays unless empty
                 d.rmdir()
 
 
 @contextmanager
-def workspace(out, names=("data", "*.list", "manifest.json")):
-    """OUT for one preparation: made if absent, locked, and on an error without what this one has added to `names`.
+def workspace(out, names):
+    """OUT for one run that makes `names` there: locked, and on an error without what this run has added.
 
-    Ctrl-C and kills leave the finished files there: the next run goes on from them.
+    Ctrl-C and kills leave the finished files: the next run goes on from them.
     """
     def ours():
-        return {p for name in names for top in out.glob(name) for p in (top, *top.rglob("*"))}
+        tops = [top for name in names for top in out.glob(name)]
+        return {p for top in tops for p in (top, *top.rglob("*"))}
 
     try:
         with locked_folder(out):
@@ -462,106 +457,153 @@ def workspace(out, names=("data", "*.list", "manifest.json")):
         raise refusal(e.filename or out, e) from None
 
 
+def convert_patient(folder, split, out):
+    """Write what is not there yet of one patient (same arrays, same bytes) -> [(path below OUT, checksum, slices)]."""
+    files = []
+    for number, (image, label, attrs) in enumerate(read_patient(folder, needs_label=split != "official"), 1):
+        name = f"{folder.name}_frame{number:02d}"
+        parts = [(f"data/{name}.h5", image, label)]
+        if split == "train":
+            parts = [(f"data/slices/{name}_slice_{s + 1}.h5", image[s], label[s]) for s in range(len(image))]
+        for file, x, y in parts:
+            write_atomic(out / file, h5_bytes(x, y, attrs))
+            files.append((file, checksum(x, y), len(x) if x.ndim == 3 else 1))
+    return files
+
+
+def describe(split, files, missing):
+    """Of what was made, files[patient] = [(path, checksum, slices)] -> the lists by name and the manifest."""
+    # The community lists a volume's slices as its file system returned them; ours ascend. Volumes: its order.
+    lists = {s: [f"{p}_frame{n:02d}" for p in ids for n in (1, 2)] for s, ids in split.items()}
+    counts = {}
+    for s, ids in split.items():
+        slices = sum(n for p in ids for _, _, n in files[p])
+        counts[s] = {"patients": len(ids), "volumes": len(lists[s]), "slices": slices}
+    lists["train_slices"] = [Path(path).stem for p in split["train"] for path, _, _ in files[p]]
+    versions = {m.__name__: m.__version__ for m in (np, h5py, nib)}
+    return lists, {
+        "counts": counts,
+        "split": split,
+        "missing": missing,
+        "versions": {"python": platform.python_version(), **versions},
+        "sha256": {path: sha for made in files.values() for path, sha, _ in made},
+    }
+
+
 def convert(raw, out, allow_missing=False, workers=None):
     """Raw ACDC -> prepared folder; returns the manifest. Patients that RAW lacks are an error without `allow_missing`.
 
     A second run leaves finished files alone and makes the rest.
     """
-    with workspace(Path(out)):
-        return _convert(raw, Path(out), allow_missing, workers)
-
-
-def _convert(raw, out, allow_missing, workers):
-    found = find_patients(raw)
+    found, out = find_patients(raw), Path(out)
+    split = {s: [p for p in ids if p in found] for s, ids in SPLIT.items()}
     missing = [p for ids in SPLIT.values() for p in ids if p not in found]
-    say = f"lacks {len(missing)} of 150 patients, first {next(iter(missing), '')}"
-    require(allow_missing or not missing, raw, say, "add them or pass --allow-missing")
-    jobs = [(found[p], s, out) for s, ids in SPLIT.items() for p in ids if p in found]
-    require(jobs, raw, "holds none of ACDC's 150 patients", "give the folder that holds them")
-    results = run_parallel(convert_patient, jobs, workers, "convert")
-    done = {job[0].name: files for job, files in zip(jobs, results, strict=True)}
-    split = {s: [p for p in ids if p in done] for s, ids in SPLIT.items()}
-    # The community lists a volume's slices in the order its file system returned them; ours ascend. Volumes: its order.
-    lists = {s: [f"{p}_frame{n:02d}" for p in ids for n in (1, 2)] for s, ids in split.items()}
-    slices = {s: sum(file[2] for p in ids for file in done[p]) for s, ids in split.items()}
-    manifest = {
-        "counts": {s: {"patients": len(split[s]), "volumes": len(lists[s]), "slices": slices[s]} for s in split},
-        "split": split,
-        "missing": missing,
-        "versions": {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (np, h5py, nib)}},
-        "sha256": {file[0]: file[1] for files in done.values() for file in files},
-    }
-    lists["train_slices"] = [Path(file[0]).stem for p in split["train"] for file in done[p]]
-    for name, lines in lists.items():
-        write_atomic(out / f"{name}.list", "".join(f"{line}\n" for line in lines).encode())
-    write_atomic(out / "manifest.json", f"{json.dumps(manifest, indent=1)}\n".encode())  # last: the sign of completion
+    lacks = f"lacks {len(missing)} of 150 patients, first {next(iter(missing), '')}"
+    require(allow_missing or not missing, raw, lacks, "add them or pass --allow-missing")
+    require(any(split.values()), raw, "holds none of ACDC's 150 patients", "give the folder that holds them")
+
+    jobs = [(found[p], s, out) for s, ids in split.items() for p in ids]
+    with workspace(out, ("data", "*.list", "manifest.json")):
+        made = run_parallel(convert_patient, jobs, workers, "convert")
+        files = {job[0].name: result for job, result in zip(jobs, made, strict=True)}
+        lists, manifest = describe(split, files, missing)
+        for name, lines in lists.items():
+            write_atomic(out / f"{name}.list", "".join(f"{line}\n" for line in lines).encode())
+        write_atomic(out / "manifest.json", f"{json.dumps(manifest, indent=1)}\n".encode())  # last: all is there
     return manifest
 
 
 # ---------------------------------------------------------------------------------------------------------------- check
 
 
+@contextmanager
+def noted(faults):
+    """A DataError is one more fault, and what follows is checked too."""
+    try:
+        yield
+    except DataError as e:
+        faults.append(str(e))
+
+
 def check(root):
     """Every list, file and checksum of a prepared folder, ours or the community's -> one line per fault."""
-    root, faults = Path(root), []
+    root, faults, lists, sums = Path(root), [], {}, {}
     require(root.is_dir(), root, "no such folder", "give the one that data_prep.py wrote")
+    for name in (*SPLIT, "train_slices"):
+        if name == "official" and not (root / "official.list").exists():
+            continue  # the community has none
+        with noted(faults):
+            lists[name] = read_list(root, name, SLICE if name == "train_slices" else VOLUME)
+    owners = {}  # patient: the first list that has it
+    for name, entries in lists.items():
+        for entry in entries:
+            owners.setdefault(entry[:10], name)
+    for name, text in (*check_lists(lists, owners), *check_slices(lists)):
+        faults.append(f"{root / name}.list: {text}; {AGAIN}")
 
-    def fault(name, text):
-        faults.append(f"{root / name}: {text}; prepare the data again")
-
-    def attempt(function, *args):
-        try:
-            return function(*args)
-        except DataError as e:
-            faults.append(str(e))
-
-    splits = [s for s in SPLIT if s != "official" or (root / "official.list").exists()]
-    lists = {s: attempt(read_list, root, s) or [] for s in splits}
-    slices = attempt(read_list, root, "train_slices", SLICE) or []
-    owner, numbers = {}, {}
-    for s, names in {**lists, "train_slices": slices}.items():
-        for name, times in Counter(names).items():
-            fault(f"{s}.list", f"{name} stands there {times} times") if times > 1 else None
-    for s, names in lists.items():
-        for patient in dict.fromkeys(name[:10] for name in names):
-            if owner.setdefault(patient, s) != s:
-                fault(f"{s}.list", f"{patient} is also in {owner[patient]}.list")
-            for frame in {f"{patient}_frame01", f"{patient}_frame02"}.difference(names):
-                fault(f"{s}.list", f"lacks {frame}")
-    for name in dict.fromkeys(slices):
-        volume, _, number = name.partition("_slice_")
-        numbers.setdefault(volume, []).append(int(number))
-    for volume in dict.fromkeys([*lists["train"], *numbers] if slices and lists["train"] else ()):
-        have = sorted(numbers.get(volume, ()))
-        if volume not in lists["train"]:
-            fault("train_slices.list", f"{volume} is not in train.list")
-        elif not have or have != list(range(1, len(have) + 1)):
-            fault("train_slices.list", f"{volume} has slices {have}, not 1, 2, 3 and so on")
-    if not faults and list(numbers) != lists["train"]:
-        fault("train_slices.list", "the volumes' order is not train.list's, and --labeled counts by it")
-
-    sums = attempt(read_checksums, root)
-    names = [*slices, *(n for s in splits if s != "train" for n in lists[s] if owner[n[:10]] == s)]
-    paths = {h5_path(root, n).relative_to(root).as_posix(): n for n in names}
-    if sums and not faults and (odd := sorted(set(sums) ^ set(paths))):
-        fault("manifest.json", f"{len(odd)} files are in it or in the lists, but not in both, first {odd[0]!r}")
-    for path, name in tqdm(paths.items(), desc="check", unit="file", disable=None):
-        image, label, _ = attempt(read_h5, root / path, 2 if "_slice_" in name else 3) or (None, None, None)
-        if image is not None and label is None and owner.get(name[:10]) != "official":
-            fault(path, "holds no label")
-        elif image is not None and sums and path in sums and sums[path] != checksum(image, label):
-            fault(path, "the content is not what manifest.json says")
+    with noted(faults):
+        sums = read_checksums(root)
+    names = list(lists.get("train_slices", ()))
+    for split, entries in lists.items():
+        if split not in ("train", "train_slices"):
+            names += [name for name in entries if owners[name[:10]] == split]
+    files = {h5_path(root, name).relative_to(root).as_posix(): name for name in names}
+    odd = sorted(set(sums) ^ set(files))
+    if sums and odd and not faults:
+        text = f"{len(odd)} files are in it or in the lists, but not in both, first {odd[0]!r}"
+        faults.append(f"{root / 'manifest.json'}: {text}; {AGAIN}")
+    for file, name in tqdm(files.items(), desc="check", unit="file", disable=None):
+        with noted(faults):
+            image, label, _ = read_h5(root / file, 2 if "_slice_" in name else 3)
+            require(label is not None or owners[name[:10]] == "official", root / file, "holds no label")
+            same = file not in sums or sums[file] == checksum(image, label)
+            require(same, root / file, "the content is not what manifest.json says")
     return faults
 
 
+def check_lists(lists, owners):
+    """Yields (list, fault): entries twice, patients in two splits, frames not listed."""
+    for name, entries in lists.items():
+        for entry, times in Counter(entries).items():
+            if times > 1:
+                yield name, f"{entry} stands there {times} times"
+        if name == "train_slices":
+            continue  # check_slices
+        for patient in dict.fromkeys(entry[:10] for entry in entries):
+            if owners[patient] != name:
+                yield name, f"{patient} is also in {owners[patient]}.list"
+            for frame in (f"{patient}_frame01", f"{patient}_frame02"):
+                if frame not in entries:
+                    yield name, f"lacks {frame}"
+
+
+def check_slices(lists):
+    """-> [(list, fault)]: train_slices.list has the volumes of train.list in its order, each with slices 1, 2, 3..."""
+    if not {"train", "train_slices"} <= lists.keys():
+        return []  # not readable
+    train, numbers, faults = list(dict.fromkeys(lists["train"])), {}, []
+    for name in dict.fromkeys(lists["train_slices"]):
+        volume, _, number = name.partition("_slice_")
+        numbers.setdefault(volume, []).append(int(number))
+    for volume in numbers:
+        if volume not in train:
+            faults.append(f"{volume} is not in train.list")
+    for volume in train:
+        have = sorted(numbers.get(volume, ()))
+        if not have or have != list(range(1, len(have) + 1)):
+            faults.append(f"{volume} has slices {have}, not 1, 2, 3 and so on")
+    if not faults and list(numbers) != train:
+        faults.append("the volumes' order is not train.list's, and --labeled counts by it")
+    return [("train_slices", text) for text in faults]
+
+
 def read_checksums(root):
-    """{path below ROOT: SHA-256} from manifest.json, or None in the community's copy."""
+    """{path below ROOT: SHA-256} from manifest.json; empty for the community's copy."""
     path = root / "manifest.json"
-    if path.exists():
-        require(path.is_file(), path, "is not a file")
-        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-            return dict(json.loads(path.read_bytes())["sha256"])
-        raise DataError(f"{path}: not a manifest; prepare the data again")
+    if not path.exists():
+        return {}
+    with readable(path):
+        return {str(file): sha for file, sha in json.loads(path.read_bytes())["sha256"].items()}
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -586,8 +628,7 @@ def main(argv=None):
     """The command line -> exit code: 0, 1 where --check finds faults, 2 for a user's error, 130 for Ctrl-C."""
     parser = Parser(
         description="ACDC to HDF5 slices and volumes with the split's lists.",
-        usage="%(prog)s RAW [OUT] [--allow-missing] [--workers N]\n"
-        "       %(prog)s --check OUT",
+        usage="%(prog)s RAW [OUT] [--allow-missing] [--workers N]\n       %(prog)s --check OUT",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=118),
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes [one per core]")
@@ -606,24 +647,20 @@ def main(argv=None):
         parser.error("give one of RAW and --check")
     if args.workers is not None and not 1 <= args.workers <= 64:
         parser.error("--workers: give 1 to 64")
-    start = time.perf_counter()
-    try:
+
+    def work():
+        start = time.perf_counter()
         if args.check is not None:
             faults = check(args.check)
             print("\n".join(faults) or f"{args.check}: no faults")
             return 1 if faults else 0
         manifest = convert(args.raw, args.out, args.allow_missing, args.workers)
-    except (DataError, OSError) as e:
-        print(f"{parser.prog}: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; run it again to go on", file=sys.stderr)
-        return 130
-    print_counts(manifest)
-    if manifest["missing"]:
-        print(f"absent: {len(manifest['missing'])} of 150 patients, first {manifest['missing'][0]}")
-    print(f"{args.out}: done in {time.perf_counter() - start:.1f} s")
-    return 0
+        print_counts(manifest)
+        if missing := manifest["missing"]:
+            print(f"absent: {len(missing)} of 150 patients, first {missing[0]}")
+        print(f"{args.out}: done in {time.perf_counter() - start:.1f} s")
+
+    return exit_code(parser.prog, work, memory="run again with --workers 1")
 
 
 if __name__ == "__main__":

@@ -30,91 +30,119 @@ ANATOMY = {  # at end-diastole: LV radius, wall, RV width (mm); then the LV's ej
 }
 
 
+class Chest:
+    """What lies around the heart: its grey values and textures, and `behind`, the picture (Z, Y, X) without a heart.
+
+    Each structure is a signed distance in mm, negative inside, painted over what lies behind it.
+    """
+
+    def __init__(self, rng, shape, pixel):
+        self.rng, self.shape, self.pixel = rng, shape, pixel
+        vary, texture = self.vary, self.texture
+        z, y, x = np.ogrid[tuple(slice(0, n) for n in shape)]
+        self.t = t = 0.02 + 0.9 * z / (shape[0] - 1)  # (Z, 1, 1) along the long axis: 0 base, 1 apex of the ED cavity
+        u, v = (x - shape[2] / 2) * pixel, (y - shape[1] / 2) * pixel  # (1, 1, X), (1, Y, 1) mm right and down
+        self.bias = sum(rng.normal(0, 0.15) * f for f in (u / 100, v / 100, u * v / 1e4, u**2 / 1e4))
+        tilt = rng.normal(0, 0.12)
+        across, down = np.cos(tilt) * u + np.sin(tilt) * v, np.cos(tilt) * v - np.sin(tilt) * u
+        self.u = u = across + vary(1.6, 0.4) * texture(11)  # (1, Y, X), nothing in a body is round
+        self.v = v = down + vary(1.6, 0.4) * texture(11)
+        self.fine, self.grain, self.spots, self.lumps = texture(1.2), texture(4), texture(1.7), texture(9)
+        self.blood, self.muscle, self.fat = vary(0.85, 0.2), vary(0.27, 0.25), vary(0.95, 0.2)
+        lung, liver = vary(0.06, 0.4), vary(0.33, 0.25)
+        self.noise, self.blur = vary(0.025, 0.4), vary(0.6, 0.25)
+
+        body = vary(118, 0.08)
+        self.skin = np.hypot(u - vary(28, 0.4), (v - vary(30, 0.4)) * vary(1, 0.1)) - body + 6 * t
+        layer = self.skin + vary(15, 0.45)  # under the fat
+        chest = layer + 9
+        diaphragm = np.maximum(chest, vary(41, 0.12) - 14 * t + (u + 10) ** 2 / 300 - v)
+        left = np.maximum(diaphragm + 3, 25 - u + 6 * self.lumps)  # stomach and spleen in fat
+        aorta = np.hypot(u - vary(45, 0.2), v - vary(42, 0.15)) - vary(10, 0.15)
+        vessels = 5 * (1.9 - self.spots)
+        self.behind = np.zeros(shape)
+        for distance, value, edge in (
+            (self.skin, self.fat * (1 + 0.06 * self.grain), 1),
+            (layer, self.muscle * (1 + 0.2 * self.grain), 1),
+            (layer + 3 + 2 * self.grain, 0.6 * self.fat, 2),
+            (layer + 6 + 2 * self.grain, self.muscle, 2),
+            (chest, lung * (1 + 0.3 * self.fine), 1),
+            (np.maximum(chest + 4, vessels), 0.8 * self.blood, 3),
+            (diaphragm, liver * (1 + 0.1 * self.fine), 1),
+            (np.maximum(diaphragm + 5, vessels), 0.9 * self.blood, 3),
+            (left, 0.75 * self.fat * (1 + 0.1 * self.grain), 1),
+            (np.maximum(left + 4, 6 * (0.3 - self.lumps)), 0.8 * liver + 0.1 * self.fine, 2),
+            (aorta, self.blood, 1),
+        ):
+            self.paint(self.behind, distance, value, edge)
+
+    def vary(self, mean, part):
+        return mean * self.rng.uniform(1 - part, 1 + part)
+
+    def texture(self, mm):
+        """(Y, X), mean 0, deviation 1, grains of `mm`."""
+        field = ndimage.gaussian_filter(self.rng.normal(size=self.shape[1:]), mm / self.pixel)
+        return (field - field.mean()) / field.std()
+
+    def paint(self, image, distance, value, edge=1.0):
+        """With `edge` pixels of partial volume."""
+        image += np.clip(0.5 - distance / (self.pixel * edge), 0, 1) * (value - image)
+
+    def expose(self, image):
+        """As a scanner would show it: brighter near the coil on the chest, biased, blurred, with Rician noise."""
+        image = image * np.exp(self.bias) * (0.75 + 0.6 * np.exp(np.minimum(self.skin, 0) / 45))
+        image = ndimage.gaussian_filter(image, (0, self.blur, self.blur))
+        return np.hypot(image + self.rng.normal(0, self.noise, self.shape), self.rng.normal(0, self.noise, self.shape))
+
+
+def bump(angle, at):
+    """The distance on the circle."""
+    return np.abs(np.angle(np.exp(1j * (angle - at))))
+
+
 def draw(rng, group, shape, pixel):
     """The short-axis stacks of one synthetic patient, ED and ES -> [(image (Z, Y, X) float, label uint8)] * 2.
 
-    Each structure is a signed distance in mm (`pixel`: mm per pixel), painted over what lies behind it with a pixel of
-    partial volume. The LV is half an ellipsoid, base first, whose wall keeps its volume as it contracts; the RV is a
-    crescent on it, gone before the apex. Papillary muscles are labelled as cavity, as in ACDC.
+    `pixel` is mm per pixel. The LV is half an ellipsoid, base first, whose wall keeps its volume as it contracts; the
+    RV is a crescent on it, gone before the apex. Papillary muscles are labelled as cavity, as in ACDC.
     """
-
-    def vary(mean, part):
-        return mean * rng.uniform(1 - part, 1 + part)
-
-    def texture(mm):  # (Y, X), mean 0, deviation 1, grains of `mm`
-        field = ndimage.gaussian_filter(rng.normal(size=shape[1:]), mm / pixel)
-        return (field - field.mean()) / field.std()
-
-    def bump(angle, at):  # distance on the circle
-        return np.abs(np.angle(np.exp(1j * (angle - at))))
-
-    def paint(image, distance, value, edge=1.0):
-        image += np.clip(0.5 - distance / (pixel * edge), 0, 1) * (value - image)
-
-    z, y, x = np.ogrid[tuple(slice(0, n) for n in shape)]
-    t = 0.02 + 0.9 * z / (shape[0] - 1)  # (Z, 1, 1) along the long axis: 0 base, 1 apex of the ED cavity
-    u, v = (x - shape[2] / 2) * pixel, (y - shape[1] / 2) * pixel  # (1, 1, X), (1, Y, 1) mm right and down
-    bias = sum(rng.normal(0, 0.15) * f for f in (u / 100, v / 100, u * v / 1e4, u**2 / 1e4))
-    tilt = rng.normal(0, 0.12)
-    u, v = (np.cos(tilt) * u + np.sin(tilt) * v + vary(1.6, 0.4) * texture(11),
-            np.cos(tilt) * v - np.sin(tilt) * u + vary(1.6, 0.4) * texture(11))  # (1, Y, X), nothing in a body is round
-    fine, grain, spots, lumps = texture(1.2), texture(4), texture(1.7), texture(9)
-    blood, muscle, fat = vary(0.85, 0.2), vary(0.27, 0.25), vary(0.95, 0.2)
-    lung, liver, noise, blur = vary(0.06, 0.4), vary(0.33, 0.25), vary(0.025, 0.4), vary(0.6, 0.25)
-
-    body = vary(118, 0.08)
-    skin = np.hypot(u - vary(28, 0.4), (v - vary(30, 0.4)) * vary(1, 0.1)) - body + 6 * t  # negative inside
-    layer = skin + vary(15, 0.45)  # under the fat
-    chest = layer + 9
-    diaphragm = np.maximum(chest, vary(41, 0.12) - 14 * t + (u + 10) ** 2 / 300 - v)
-    left = np.maximum(diaphragm + 3, 25 - u + 6 * lumps)  # stomach and spleen in fat
-    aorta = np.hypot(u - vary(45, 0.2), v - vary(42, 0.15)) - vary(10, 0.15)
-    behind = np.zeros(shape)
-    for distance, value, edge in (
-        (skin, fat * (1 + 0.06 * grain), 1), (layer, muscle * (1 + 0.2 * grain), 1),
-        (layer + 3 + 2 * grain, 0.6 * fat, 2), (layer + 6 + 2 * grain, muscle, 2), (chest, lung * (1 + 0.3 * fine), 1),
-        (np.maximum(chest + 4, 5 * (1.9 - spots)), 0.8 * blood, 3), (diaphragm, liver * (1 + 0.1 * fine), 1),
-        (np.maximum(diaphragm + 5, 5 * (1.9 - spots)), 0.9 * blood, 3), (left, 0.75 * fat * (1 + 0.1 * grain), 1),
-        (np.maximum(left + 4, 6 * (0.3 - lumps)), 0.8 * liver + 0.1 * fine, 2), (aorta, blood, 1),
-    ):
-        paint(behind, distance, value, edge)
-
-    radius, wall, width, fraction = (vary(a, 0.1) for a in ANATOMY[group])
-    u, v = u - 12 - rng.normal(0, 5) - 5 * t, v + 4 - rng.normal(0, 5) - 4 * t
+    c = Chest(rng, shape, pixel)
+    radius, wall, width, fraction = (c.vary(a, 0.1) for a in ANATOMY[group])
+    u, v = c.u - 12 - rng.normal(0, 5) - 5 * c.t, c.v + 4 - rng.normal(0, 5) - 4 * c.t
     rho, phi = np.hypot(u, v), np.arctan2(v, u)  # around the LV's long axis; 0 is the lateral wall, pi the septum
     wave = 1 + sum(rng.normal(0, 0.03) * np.cos(k * phi + rng.uniform(0, 6.3)) for k in (2, 3))
-    septum, span, scar = np.pi - 0.35 + rng.normal(0, 0.15), vary(1.45, 0.08), rng.uniform(-1.5, 1.5)
+    septum, span, scar = np.pi - 0.35 + rng.normal(0, 0.15), c.vary(1.45, 0.08), rng.uniform(-1.5, 1.5)
     from_septum = bump(phi, septum)
     crescent = np.where(from_septum < span, np.cos(np.minimum(from_septum / span, 1) * np.pi / 2) ** 0.75, 0)
-    papillae = [(angle + rng.normal(0, 0.2), vary(5, 0.3)) for angle in (-1.0, 1.3)]
+    papillae = [(angle + rng.normal(0, 0.2), c.vary(5, 0.3)) for angle in (-1.0, 1.3)]
+    groove = 4 * (np.abs(from_septum - span) < 0.35)  # fat where the ventricles meet
+    rough = 0.3 * np.clip(c.spots - 0.8, 0, 1.5)  # trabeculae
     frames = []
-    for length, rest, rv_width in ((1, 1, width), (0.92, 1 - fraction, width * vary(0.7, 0.1))):  # ED, ES
+    for length, rest, rv_width in ((1, 1, width), (0.92, 1 - fraction, width * c.vary(0.7, 0.1))):  # ED, ES
         inner = radius * np.sqrt(rest / length)  # the cavity's volume goes with radius^2 * length
         outer = np.sqrt(inner**2 + ((radius + wall) ** 2 - radius**2) / length)
-        s = t / length
+        s = c.t / length
         endo = inner * wave * np.sqrt(np.clip(1 - s**2, 0, 1))
         epi = outer * wave * np.sqrt(np.clip(1 - (s / 1.12) ** 2, 0, 1))
         if group == "MINF":  # a thin scar
             epi = epi - 0.45 * (epi - endo) * np.exp(-((bump(phi, scar) / 0.6) ** 2))
         depth = rv_width * np.sqrt(np.clip(1 - (s / 0.9) ** 2, 0, 1))  # (Z, 1, 1)
         rv = epi + np.where(depth > 4, depth * crescent, 0)
-        image = behind.copy()
-        groove = 4 * (np.abs(from_septum - span) < 0.35)  # fat where the ventricles meet
-        paint(image, rho - rv - 3 - groove - 2 * np.clip(lumps + grain, -1, 2), 0.8 * fat * (1 + 0.1 * fine))
-        paint(image, rho - rv - 3 * (rv > epi), muscle)
-        rough = 0.3 * np.clip(spots - 0.8, 0, 1.5)  # trabeculae
-        paint(image, np.where(rv > epi, np.maximum(rho - rv, epi - rho), 99), blood * (0.95 + 0.06 * grain - rough))
-        paint(image, rho - epi, muscle * (1 + 0.1 * fine))
-        paint(image, rho - endo, blood * (1 + 0.05 * grain - rough * (rho > 0.7 * endo)))
+
+        image = c.behind.copy()
+        fat = 0.8 * c.fat * (1 + 0.1 * c.fine)
+        c.paint(image, rho - rv - 3 - groove - 2 * np.clip(c.lumps + c.grain, -1, 2), fat)
+        c.paint(image, rho - rv - 3 * (rv > epi), c.muscle)
+        cavity = np.where(rv > epi, np.maximum(rho - rv, epi - rho), 99)
+        c.paint(image, cavity, c.blood * (0.95 + 0.06 * c.grain - rough))
+        c.paint(image, rho - epi, c.muscle * (1 + 0.1 * c.fine))
+        c.paint(image, rho - endo, c.blood * (1 + 0.05 * c.grain - rough * (rho > 0.7 * endo)))
         for angle, size in papillae:
-            size = size * np.sqrt(np.clip(1 - ((s - 0.5) / 0.4) ** 2, 0, 1)) + 0.6 * fine  # (Z, Y, X)
+            size = size * np.sqrt(np.clip(1 - ((s - 0.5) / 0.4) ** 2, 0, 1)) + 0.6 * c.fine  # (Z, Y, X)
             apart = np.hypot(u - 0.72 * endo * np.cos(angle), v - 0.72 * endo * np.sin(angle))
-            paint(image, np.where(size > 1.5, np.maximum(apart - size, rho - endo), 99), muscle)
+            c.paint(image, np.where(size > 1.5, np.maximum(apart - size, rho - endo), 99), c.muscle)
         label = np.select([rho < endo, rho < epi, rho < rv], [3, 2, 1], 0).astype(np.uint8)
-        image = image * np.exp(bias) * (0.75 + 0.6 * np.exp(np.minimum(skin, 0) / 45))  # the coil lies on the chest
-        image = ndimage.gaussian_filter(image, (0, blur, blur))
-        image = np.hypot(image + rng.normal(0, noise, shape), rng.normal(0, noise, shape))  # Rician
-        frames.append((image, label))
+        frames.append((c.expose(image), label))
     return frames
 
 
@@ -179,7 +207,6 @@ def prepare_demo(data):
 def main(argv=None):
     """The command line -> exit code: 0, 2 for a user's error, 130 for Ctrl-C."""
     parser = Parser(
-        prog="phantom.py",
         description="A synthetic cohort in ACDC's raw layout.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=118),
     )

@@ -1,7 +1,6 @@
 """data_prep.py against real ACDC files, the community's copy, damaged input, kills and a full disk."""
 
 import ctypes
-import errno
 import functools
 import gzip
 import itertools
@@ -26,7 +25,6 @@ from data_prep import SPLIT, DataError
 SCRIPT = Path(data_prep.__file__).resolve()
 ACDC = SCRIPT.parent.parent / "shared" / "acdc"
 real = pytest.mark.skipif(not (ACDC / "database").is_dir(), reason="no ACDC files in ../shared/acdc")
-root_only = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root")
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and locks")
 
 
@@ -179,11 +177,16 @@ def test_phantom_has_a_heart(cohort):
     assert abs(image.affine[0, 0]) == 1
 
 
-def test_phantom_refuses_a_folder_with_other_data(prepared, capfd):
-    before = content(prepared)
-    assert phantom.main([str(prepared), "--patients", "7"]) == 2
+def test_phantom_refuses_a_folder_with_other_data(cohort, prepared, capfd):
+    (prepared / "manifest.json").unlink()  # as in the community's copy
+    before, raw = content(prepared), content(cohort / "raw")
+    assert phantom.prepare_demo(prepared) == 2
     one_error(capfd.readouterr().err, prepared, "other data")
-    assert content(prepared) == before
+    assert phantom.main([str(prepared)]) == 2
+    one_error(capfd.readouterr().err, prepared, "other data")
+    assert phantom.main([str(cohort / "raw"), "--patients", "7"]) == 2
+    one_error(capfd.readouterr().err, "raw", "other data")
+    assert (content(prepared), content(cohort / "raw")) == (before, raw)
 
 
 def test_reading_back(cohort):
@@ -280,12 +283,14 @@ def test_bad_input_leaves_an_earlier_preparation_alone(raw, cohort, tmp_path):
 
 
 def test_cli_errors_are_one_line(raw, tmp_path):
+    (raw / "other/patient151").mkdir(parents=True)
     for args, words in {
         (): ("give one of",),
         (raw, "--check", raw): ("give one of",),
         ("--phantom", tmp_path / "out", "--patients", "6"): ("phantom.py", "data_prep.py data/phantom/raw"),
         (raw, tmp_path / "out"): ("lacks 149 of 150", "patient099", "--allow-missing"),
         (tmp_path / "nothing",): ("nothing", "training/"),
+        (raw / "other", "--allow-missing"): ("none of ACDC's 150 patients",),
         ("--check", tmp_path / "nothing"): ("nothing", "no such folder"),
         (raw, raw / "training/patient028/Info.cfg", "--allow-missing"): ("Info.cfg", "choose another OUT"),
         (raw, "--workers", "0"): ("--workers",),
@@ -294,14 +299,6 @@ def test_cli_errors_are_one_line(raw, tmp_path):
         assert done.returncode == 2, done
         one_error(done.stderr, *words)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["raw"]
-
-
-def test_a_folder_of_other_patients_is_one_line(tmp_path):
-    (tmp_path / "raw/training/patient151").mkdir(parents=True)
-    done = cli("raw", "out", "--allow-missing", cwd=tmp_path)
-    assert done.returncode == 2
-    one_error(done.stderr, "none of ACDC's 150 patients")
-    assert not (tmp_path / "out").exists()
 
 
 def test_stray_files_and_odd_names(raw, tmp_path):
@@ -330,25 +327,6 @@ def test_database_its_parent_and_a_folder_of_patients_are_the_same(raw, tmp_path
     found = [{p: f.resolve() for p, f in data_prep.find_patients(r).items()}
              for r in (raw, tmp_path / "parent", raw / "training")]  # fmt: skip
     assert found[0] == found[1] == found[2] == {"patient028": raw / "training/patient028"}
-
-
-def test_random_damage_to_a_nifti_header_ends_in_a_dataerror(raw):
-    path = raw / "training/patient028" / FRAME
-    data, rng, refused = gzip.decompress(path.read_bytes()), np.random.default_rng(0), 0
-    passed = 0
-    for _ in range(200):
-        bad = bytearray(data)
-        for position in rng.integers(0, 352, rng.integers(1, 9)):
-            bad[position] = rng.integers(256)
-        path.write_bytes(gzip.compress(bytes(bad), 1))
-        try:
-            data_prep.load_nifti(path)
-        except DataError as e:
-            refused += "\n" not in str(e) and FRAME in str(e)
-        else:
-            passed += 1
-    assert refused + passed == 200
-    assert refused > 40
 
 
 def _small_nifti(path):
@@ -380,7 +358,7 @@ def test_a_flipped_bit_in_a_compressed_image_is_refused_or_harmless(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
 def test_a_pipe_named_as_an_image_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "image.nii.gz")
-    with pytest.raises(DataError, match=r"image\.nii\.gz: cannot be read"):
+    with pytest.raises(DataError, match=r"image\.nii\.gz: is not a file"):
         data_prep.load_nifti(tmp_path / "image.nii.gz")
 
 
@@ -406,35 +384,18 @@ def test_an_uncompressed_image_named_gz_is_told_to_be_renamed(tmp_path):
 # --------------------------------------------------------------------------------------------------- disk, kills, locks
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_full_disk(raw, tmp_path, monkeypatch, capfd, seed):
-    """A write that fails at some byte: ENOSPC in one line, nothing left."""
-    room = int(np.random.default_rng(seed).integers(1, 60_000))
+@posix
+@pytest.mark.parametrize("room", [100, 8_000, 20_000, 40_000])
+def test_a_write_that_fails_at_some_byte(raw, tmp_path, room):
+    """One line, nothing left."""
+    import resource  # Windows has none
 
-    class Full:
-        def __init__(self, path):
-            self.file, self.left = open(path, "wb"), room  # noqa: SIM115
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
-        def write(self, data):
-            self.file.write(data[: self.left])
-            if len(data) > self.left:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-    def full_open(path, mode):
-        return Full(path) if mode == "wb" else open(path, mode)
-
-    monkeypatch.setattr(data_prep, "open", full_open, raising=False)
-    assert data_prep.main([str(raw), str(tmp_path / "out"), "--allow-missing"]) == 2
-    one_error(capfd.readouterr().err, ".h5", "No space left", "free some space")
+    done = cli(raw, tmp_path / "out", "--allow-missing", preexec_fn=limit)
+    assert done.returncode == 2
+    one_error(done.stderr, ".h5", "File too large", "free some space")
     assert not (tmp_path / "out").exists()
 
 
@@ -450,7 +411,7 @@ def test_a_write_that_fails_keeps_the_old_file_and_leaves_nothing(tmp_path, monk
     assert content(tmp_path) == {"a.list": b"old", "new/b.list": b"made with its folder"}
 
 
-@root_only
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root")
 def test_full_disk_for_real(raw, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -519,20 +480,16 @@ def test_a_damaged_file_of_an_earlier_run_is_made_again(prepared, cohort):
 
 
 @posix
-def test_a_second_preparation_says_who_holds_the_folder(raw, tmp_path, capfd):
+def test_a_second_preparation_says_who_holds_the_folder(raw, tmp_path):
     out = tmp_path / "out"
-    out.mkdir()
-    code = "import data_prep as d, pathlib, sys\nwith d.locked(pathlib.Path(sys.argv[1])): print(flush=True), input()"
-    pipe = subprocess.PIPE
-    holder = subprocess.Popen([sys.executable, "-c", code, str(out)], cwd=SCRIPT.parent, stdin=pipe, stdout=pipe)
-    try:
-        assert holder.stdout.readline() == b"\n"
-        assert data_prep.main([str(raw), str(out), "--allow-missing"]) == 2
-        one_error(capfd.readouterr().err, out, holder.pid)
+    with data_prep.locked_folder(out):
+        done = cli(raw, out, "--allow-missing")
+        assert done.returncode == 2
+        one_error(done.stderr, out, f"process {os.getpid()} ")
         assert [p.name for p in out.iterdir()] == [".lock"]
-    finally:
-        holder.kill()  # as a kill would, it leaves .lock behind
-        holder.wait()
+    assert not out.exists()
+    out.mkdir()
+    (out / ".lock").write_text("process 1 on a machine")  # as a kill leaves it
     assert data_prep.main([str(raw), str(out), "--allow-missing"]) == 0
     assert not (out / ".lock").exists()
 
@@ -612,7 +569,7 @@ FAULTS = {
     "text": (_h5(VALUE, _replace("image", lambda a: "hello")), "3D"),
     "bad spacing": (_h5(VALUE, lambda h: h.attrs.__setitem__("spacing", [1.0, 0.0, 1.0])), "spacing"),
     "other content": (_h5(SLICE_FILE, _replace("image", lambda a: a[::-1])), "manifest"),
-    "list absent": (lambda root: (root / "val.list").unlink() or "val.list", "cannot be read"),
+    "list absent": (lambda root: (root / "val.list").unlink() or "val.list", "absent"),
     "list not text": (lambda root: (root / "val.list").write_bytes(b"\xff\xfe\0") and "val.list", "cannot be read"),
     "path in a list": (_list("val.list", lambda n: n + ["../../etc/passwd"]), "not a name"),
     "entry twice": (_list("val.list", lambda n: n + n[-1:]), "2 times"),
@@ -622,7 +579,7 @@ FAULTS = {
     "last slice not listed": (_list("train_slices.list", lambda n: n[:-1]), "manifest"),
     "slice of no volume": (_list("train_slices.list", lambda n: n + ["patient001_frame01_slice_1"]), "not in train"),
     "other order": (_list("train_slices.list", _swap), "order"),
-    "manifest damaged": (lambda root: (root / "manifest.json").write_text("[1") and "manifest.json", "not a manifest"),
+    "manifest damaged": (lambda root: (root / "manifest.json").write_text("[1") and "manifest.json", "cannot be read"),
 }
 
 
@@ -666,9 +623,6 @@ def test_hdf5_that_points_elsewhere_or_lies_is_refused(tmp_path):
         h.create_dataset("image", (10000, 10000, 10000), np.float32, chunks=(1, 100, 100), compression="gzip")
     with pytest.raises(DataError, match="more than the file can hold"):
         data_prep.read_volume(tmp_path / "root", "patient009_frame01")
-
-
-# ---------------------------------------------------------------------------------------------------------------- alone
 
 
 def test_works_when_copied_alone(raw, tmp_path):
