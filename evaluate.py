@@ -331,7 +331,8 @@ def draw_agreement(path, rows):
     """Rows of clinical.csv -> a PNG, 4 columns wide. Per index the prediction against the annotation, and below it
     their difference against their mean with bias and bias +- 1.96 SD (Bland and Altman, Lancet 1986)."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(12, 12.6), layout="constrained")
+    figure = Figure(figsize=(12, 13), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.08)
     axes = figure.subplots(4, 4)
     order = ("lv_edv", "lv_esv", "lv_ef", "myo_mass", "rv_edv", "rv_esv", "rv_ef")
     pairs = [*axes[:2].T, *axes[2:].T]                                          # (above, below): the LV, then the RV
@@ -356,6 +357,7 @@ def draw_index(above, below, index, x, y):
     above.axline((low, low), slope=1, color="0.5", linewidth=1)
     above.set(title=f"{index_name(index)}, r {format_number(3, a['r'])}", xlabel=f"annotation, {unit}", aspect="equal",
               xlim=(low - margin, high + margin), ylim=(low - margin, high + margin))
+    above.locator_params(nbins=5)
     below.plot((x + y) / 2, x - y, "o", color="#2a6fb0", alpha=0.7)
     for level, style in ((a["bias"], "-"), (a["bias"] - 1.96 * a["sd"], "--"), (a["bias"] + 1.96 * a["sd"], "--")):
         if np.isfinite(level):
@@ -411,8 +413,8 @@ def find_volumes(root, split, labeled):
         slices = data_prep.read_list(root, "train_slices", data_prep.SLICE)
         known = set(data_prep.first_patients(slices, labeled)) if type(labeled) is int else {n[:10] for n in names}
         names = [n for n in names if n[:10] not in known]
-        data_prep.require(names, "--split unlabeled", f"the checkpoint was trained with {labeled} labelled patients: none "
-                          f"in {root}/train.list is known to be without", "choose another --split")
+        data_prep.require(names, "--split unlabeled", f"the checkpoint was trained with {labeled} labelled patients: "
+                          f"none in {root}/train.list is known to be without", "choose another --split")
     if not names:
         others = [s for s in SPLITS if (root / f"{s}.list").is_file() and data_prep.read_list(root, s)]
         choice = f"choose --split {' or '.join(others)}" if others else "choose another --data"
@@ -723,7 +725,7 @@ def html_picture(path, caption):
 
 def write_report(folder, summary, patients, config):
     """report.html of the summary, patient_table's rows and the pictures in `folder`: one file that needs no other."""
-    title = f"ACT-Net {summary['network']} on {summary['split']}: "
+    title = f"ACT-Net {summary['network'].replace('cot', 'co-t')} on {summary['split']}: "
     title += f"Dice {summary['metrics']['dice']['mean']['mean']:.3f}" if summary["scored"] else "no annotation"
     title = html.escape(title)
     before, after = ([f"<p>{html.escape(line)}</p>" for line in part] for part in sentences(summary))
