@@ -66,17 +66,6 @@ PICTURES = ("best", "worst", "median")                             # in the orde
 RESULTS = ("metrics.csv", "clinical.csv", "clinical.png", *(f"overlay_{k}.png" for k in PICTURES), "report.html",
            "summary.json")
 NOTICE = "For research, not for diagnosis."
-LEGEND = f"""One dot per patient.
-
-Above: prediction against
-annotation, and where they
-are equal.
-
-Below: their difference
-against their mean, with bias
-and bias ± 1.96 SD.
-
-{NOTICE}"""
 HIDDEN = ".evaluate-"                                              # how the names of temporary folders begin
 
 
@@ -235,21 +224,20 @@ def draw_curves(log, png):
     with open(log, newline="", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
     starts = {}
-    for r in rows:
-        starts.setdefault(r.get("stage"), int(r["step"]))
+    for row in rows:
+        starts.setdefault(row.get("stage"), int(row["step"]))
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for axes, columns in ((left, ("dice", "ce", "kd", "co", "teacher")), (right, ("val_student", "val_coteacher"))):
+    for ax, columns in ((left, ("dice", "ce", "kd", "co", "teacher")), (right, ("val_student", "val_coteacher"))):
         for column in columns:
-            points = [(int(r["step"]), float(r[column])) for r in rows if float(r[column] or 0)]
+            points = [(int(row["step"]), float(row[column])) for row in rows if float(row.get(column) or 0)]
             if points:
-                axes.plot(*zip(*points, strict=True), label=column, linewidth=1)
-        if axes.lines:
-            axes.legend()
-        for stage in list(starts)[1:]:
-            axes.axvline(starts[stage], color="0.6", linestyle="--", linewidth=1)
-            axes.annotate(stage, (starts[stage], 1), xycoords=("data", "axes fraction"), xytext=(3, -10),
-                          textcoords="offset points", color="0.35", fontsize=9)
+                ax.plot(*zip(*points, strict=True), label=column, linewidth=1)
+        if ax.lines:
+            ax.legend()
+        for stage, step in list(starts.items())[1:]:
+            ax.axvline(step, color="0.6", linestyle="--", linewidth=1)
+            ax.text(step, 0.99, f" {stage}", transform=ax.get_xaxis_transform(), va="top", color="0.35")
     left.set(xlabel="step", yscale="log", title="training losses")
     right.set(xlabel="step", title="mean Dice on val")
     buffer = io.BytesIO()
@@ -343,7 +331,7 @@ def draw_agreement(path, rows):
         ax.set_ylabel(f"prediction{' - annotation' * (ax in axes[1::2])}")
     for ax in axes[2:, 3]:
         ax.axis("off")
-    axes[2, 3].text(0.05, 1, LEGEND, va="top", fontsize=11, color="0.3")
+    figure.supxlabel(NOTICE, fontsize=9, color="0.4")
     figure.savefig(path, dpi=100)
 
 
@@ -627,27 +615,9 @@ def metrics_table(title, metrics):
     shown = [m for m in metrics if metrics[m]["mean"]["n"]]
     table = [[title, *(METRICS[m] for m in shown)]]
     for c in (*CLASSES, "mean"):
-        row = [c]
-        for m in shown:
-            digits = 2 if "_" in m else 4                                             # voxels and mm want two
-            row.append(format_number(digits, metrics[m][c]["mean"], metrics[m][c]["sd"]))
-        table.append(row)
+        cells = [(2 if "_" in m else 4, metrics[m][c]) for m in shown]                # voxels and mm want two digits
+        table.append([c, *(format_number(digits, x["mean"], x["sd"]) for digits, x in cells)])
     return table
-
-
-def tables(s):
-    """The summary's tables as text: [[header, row, ...], ...], without what cannot be told."""
-    if not s["scored"]:
-        return []
-    found = [metrics_table("", s["metrics"])]
-    if s["largest_component_metrics"]:
-        found.append(metrics_table("largest component", s["largest_component_metrics"]))
-    if s["clinical"]:
-        found.append([["clinical", "unit", "bias ± SD", "r", "n"]])
-        for k, x in s["clinical"].items():
-            bias, r = format_number(1, x["bias"], x["sd"]), format_number(3, x["r"])
-            found[-1].append([index_name(k), x["unit"], bias, r, str(x["n"])])
-    return found
 
 
 def patient_table(rows):
@@ -661,44 +631,50 @@ def patient_table(rows):
     return table
 
 
-def sentences(s):
-    """What else the summary says: (before, after the tables), lists of lines."""
+def describe(s):
+    """The summary for people: a list of lines (str) and of tables as text ([header, row, ...])."""
     depth, base = s["architecture"]["depth"], s["architecture"]["base"]
-    terms = ["native grid", "mean ± standard deviation"]
-    if s["largest_component"]:
-        terms.insert(1, "largest component per class")
-    if s["find_heart"]:
-        terms.insert(1, "heart found and resampled")
-    before = [f"{s['checkpoint']}: {s['network']} of step {s['step']}, U-Net[{depth}, {base}], "
-              f"{s['parameters'] / 1e6:.2f} M parameters, {s['macs_per_slice'] / 1e9:.2f} G MACs per slice, "
-              f"{s['checkpoint_bytes'] / 1e6:.1f} MB on disk, {s['ms_per_slice']:.1f} ms per slice ({s['device']})",
-              f"{s['data']}, {s['split']}: {s['scored']} volumes scored, {', '.join(terms)}"]
-    after = []
+    options = (("heart found and resampled", s["find_heart"]), ("largest component per class", s["largest_component"]))
+    terms = ["native grid", *(text for text, on in options if on), "mean ± standard deviation"]
+    found = [f"{s['checkpoint']}: {s['network']} of step {s['step']}, U-Net[{depth}, {base}], "
+             f"{s['parameters'] / 1e6:.2f} M parameters, {s['macs_per_slice'] / 1e9:.2f} G MACs per slice, "
+             f"{s['checkpoint_bytes'] / 1e6:.1f} MB on disk, {s['ms_per_slice']:.1f} ms per slice ({s['device']})",
+             f"{s['data']}, {s['split']}: {s['scored']} volumes scored, {', '.join(terms)}"]
+    if s["scored"]:
+        found.append(metrics_table("", s["metrics"]))
+    if s["largest_component_metrics"]:
+        found.append(metrics_table("largest component", s["largest_component_metrics"]))
+    if s["scored"] and s["clinical"]:
+        table = [["clinical", "unit", "bias ± SD", "r", "n"]]
+        for k, x in s["clinical"].items():
+            bias, r = format_number(1, x["bias"], x["sd"]), format_number(3, x["r"])
+            table.append([index_name(k), x["unit"], bias, r, str(x["n"])])
+        found.append(table)
     if s["scored"]:
         empty = ", ".join(f"{c} {n}" for c, n in s["one_empty"].items())
-        after.append(f"one empty, the other not (Dice 0, distances = the volume's diagonal): {empty}")
-        after += [f"{k} against Dice, {x['n']} volumes: r {format_number(3, x['r'])}"
+        found.append(f"one empty, the other not (Dice 0, distances = the volume's diagonal): {empty}")
+        found += [f"{k} against Dice, {x['n']} volumes: r {format_number(3, x['r'])}"
                   for k, x in s["uncertainty"].items() if x["n"] > 2]
     if s["with_spacing"] < s["volumes"]:
-        after.append(f"{s['volumes'] - s['with_spacing']} volumes carry no spacing (the community's copy has none): "
+        found.append(f"{s['volumes'] - s['with_spacing']} volumes carry no spacing (the community's copy has none): "
                      "their distances are in voxels only, and clinical indices leave them out; data_prep.py writes the "
                      "spacing")
     elif not s["clinical"]:
-        after.append("no clinical indices: they want ED and ES of a patient in one split")
-    return before, after
+        found.append("no clinical indices: they want ED and ES of a patient in one split")
+    return found
 
 
-def print_table(s):
-    """The summary for people."""
-    before, after = sentences(s)
-    print(*before, sep="\n")
-    for table in tables(s):
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        for first, *cells in table:
+def print_summary(s):
+    for part in describe(s):
+        if isinstance(part, str):
+            print(part)
+            continue
+        widths = [max(map(len, column)) for column in zip(*part, strict=True)]
+        for first, *cells in part:
             print(first.ljust(widths[0]) + "".join(f"  {c:>{w}}" for c, w in zip(cells, widths[1:], strict=True)))
-    print(*after, sep="\n", end="\n" if after else "")
-    print(f"{s['out']}: metrics.csv, {'clinical.csv, ' if s['clinical'] else ''}summary.json, report.html, "
-          + ", ".join(f"overlay_{k}.png ({p})" for k, p in s["overlays"].items()))
+    overlays = ", ".join(f"overlay_{k}.png ({p})" for k, p in s["overlays"].items())
+    clinical = "clinical.csv, " if s["clinical"] else ""
+    print(f"{s['out']}: metrics.csv, {clinical}summary.json, report.html, {overlays}")
 
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#1b2733;
@@ -710,17 +686,15 @@ td:first-child,th:first-child{text-align:left}
 img{max-width:100%;margin:.5rem 0}pre{background:#f3f6f9;padding:1rem;font-size:12px}"""
 
 
-def html_table(table):
+def to_html(part):
+    """A line or a table as of `describe`."""
+    if isinstance(part, str):
+        return f"<p>{html.escape(part)}</p>"
     lines = []
-    for i, row in enumerate(table):
+    for i, row in enumerate(part):
         tag = "td" if i else "th"
-        lines.append("".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row))
+        lines.append("".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row))
     return f'<div class="box"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
-
-
-def html_picture(path, caption):
-    data, caption = base64.b64encode(path.read_bytes()).decode(), html.escape(caption)
-    return f'<h2>{caption}</h2><img alt="{caption}" src="data:image/png;base64,{data}">'
 
 
 def write_report(folder, summary, patients, config):
@@ -728,15 +702,16 @@ def write_report(folder, summary, patients, config):
     title = f"ACT-Net {summary['network'].replace('cot', 'co-t')} on {summary['split']}: "
     title += f"Dice {summary['metrics']['dice']['mean']['mean']:.3f}" if summary["scored"] else "no annotation"
     title = html.escape(title)
-    before, after = ([f"<p>{html.escape(line)}</p>" for line in part] for part in sentences(summary))
-    body = [f'<h1>{title}</h1><p class="notice">{NOTICE}</p>', *before, *map(html_table, tables(summary)), *after]
+    body = [f'<h1>{title}</h1><p class="notice">{NOTICE}</p>', *map(to_html, describe(summary))]
     if summary["scored"]:
-        body.append(f"<h2>Dice of every volume, the worst first</h2>{html_table(patients)}")
-    if (folder / "clinical.png").exists():
-        body.append(html_picture(folder / "clinical.png", "Clinical indices: correlation and Bland-Altman"))
+        body += ["<h2>Dice of every volume, the worst first</h2>", to_html(patients)]
+    pictures = {"clinical.png": "Clinical indices: correlation and Bland-Altman"}
     for kind, patient in sorted(summary["overlays"].items()):                        # best, median, worst
-        caption = f"{kind}: {patient}" if summary["scored"] else patient
-        body.append(html_picture(folder / f"overlay_{kind}.png", caption))
+        pictures[f"overlay_{kind}.png"] = html.escape(f"{kind}: {patient}" if summary["scored"] else patient)
+    for name, caption in pictures.items():
+        if (folder / name).exists():
+            data = base64.b64encode((folder / name).read_bytes()).decode()
+            body.append(f'<h2>{caption}</h2><img alt="{caption}" src="data:image/png;base64,{data}">')
     shown = ("checkpoint", "network", "step", "architecture", "inference", "find_heart", "largest_component", "data",
              "split", "device")
     settings = {"evaluation": {k: summary[k] for k in shown}, "training": config}
@@ -788,7 +763,7 @@ def work(args):
         torch.backends.cudnn.allow_tf32 = False                                        # a GPU's scores as a CPU's
         summary = evaluate_checkpoint(args.checkpoint, out, args.data, args.split, args.which, device, args.find_heart,
                                       args.largest_component)
-    print_table(summary)
+    print_summary(summary)
     unscored = summary["volumes"] - summary["scored"]
     if unscored:
         print(f"evaluate.py: {unscored} of {summary['volumes']} volumes have no annotation: predicted, not scored",
