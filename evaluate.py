@@ -1,4 +1,4 @@
-"""Score a checkpoint on a prepared split: the one place with metrics. (predict.py segments NIfTI files with it.)
+"""Score a checkpoint on a prepared split: the one place with metrics. (predict.py segments NIfTI files.)
 
     python evaluate.py runs/act-7-seed0/best.pt                                  # the test split of the run's data
     python evaluate.py runs/act-7-seed0/best.pt --data data/ACDC --split val --which student --out scores
@@ -10,13 +10,14 @@ Per volume on its native grid, for RV, MYO and LV (p predicted, y annotated, S t
 as medpy.metric.binary's dc, jc, hd95 and asd, which this literature reports. Distances in voxels (neighbouring slices
 are 1 apart) and, where the spacing is known, in mm. Both empty: Dice 1, distances 0. One empty: Dice 0, distances = the
 volume's diagonal; such cases are counted. A class's figure is the mean over volumes, the last line the mean of the
-three; deviations are over volumes, with n - 1.
+three; deviations are over volumes, with n - 1. Beside the answers as they are, Dice and HD95 of their largest
+components are told; with --largest-component, everything is of these.
 
 Clinical indices per patient (Bernard et al., IEEE TMI 37(11), 2018): volumes at end-diastole (EDV) and end-systole
 (ESV) in ml, ejection fraction EF = 100 (EDV - ESV) / EDV in %, mass of the myocardium at ED in g, at 1.05 g/ml.
 
 Uncertainty, 0 sure to 1: entropy = -sum p log p / log C per voxel, and its mean over what is predicted as a class;
-disagreement = 1 - Dice between the student's and the co-teacher's label maps.
+disagreement = 1 - Dice between the student's and the co-teacher's label maps, where a checkpoint holds both.
 
 OUT, by default <checkpoint's folder>/<split>, receives
     metrics.csv     one row per volume and class: pandas.read_csv(f).groupby("class").mean(numeric_only=True)
@@ -31,14 +32,16 @@ import argparse
 import base64
 import csv
 import html
+import io
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,18 +52,21 @@ from tqdm import tqdm
 
 import data_prep
 import models
-from data_prep import CLASSES, PHASES, DataError
+from data_prep import CLASSES, PHASES, DataError, fcntl
 from models import CheckpointError, DeviceError, find_heart, largest_component, load_model, pick_device, segment_volume
 
 SPLITS = ("val", "test", "official")
 METRICS = {"dice": "Dice", "jaccard": "Jaccard", "hd95_voxel": "HD95 voxels", "asd_voxel": "ASD voxels",
            "hd95_mm": "HD95 mm", "asd_mm": "ASD mm"}
+BRIEF = ("dice", "hd95_voxel")                                     # of largest components, and while training
 INDICES = {"lv_edv": "ml", "lv_esv": "ml", "lv_ef": "%", "rv_edv": "ml", "rv_esv": "ml", "rv_ef": "%", "myo_mass": "g"}
 DENSITY = 1.05                                                     # of myocardium, g/ml
 COLORS = {"RV": "#35c9ff", "MYO": "#ffd23f", "LV": "#ff4d6d"}
 PICTURES = ("best", "worst", "median")                             # in the order of their claim on a patient
 RESULTS = ("metrics.csv", "clinical.csv", "clinical.png", *(f"overlay_{k}.png" for k in PICTURES), "report.html",
            "summary.json")
+NOTICE = "For research, not for diagnosis."
+HIDDEN = ".evaluate-"                                              # how the names of temporary folders begin
 
 
 # ---------------------------------------------------------------------------------------------------------- metrics
@@ -80,9 +86,11 @@ def surface_metrics(p, y, spacing=(1.0, 1.0, 1.0)):
 
     The surface of a mask: its voxels with one of six neighbours outside it, as in medpy.
     """
+    if not (p.any() or y.any()):
+        return 0.0, 0.0
     if not (p.any() and y.any()):
-        distance = float(np.linalg.norm(np.multiply(p.shape, spacing))) if p.any() or y.any() else 0.0
-        return distance, distance
+        diagonal = float(np.linalg.norm(np.multiply(p.shape, spacing)))
+        return diagonal, diagonal
     # Nothing of either mask lies outside the box and erosion takes what is beyond an array for background, so the
     # crop needs no margin: the same surfaces, the same distances, a tenth of the time.
     box = ndimage.find_objects((p | y).astype(np.uint8))[0]
@@ -97,11 +105,20 @@ def case_metrics(pred, label, spacing=None):
 
     The keys of METRICS, those in mm NaN without spacing, and `one_empty`: bool, exactly one of the two is empty.
     """
-    overlap, masks = dice(pred, label), [(pred == k, label == k) for k in range(1, len(CLASSES) + 1)]
-    voxels = np.transpose([surface_metrics(p, y) for p, y in masks])                            # (2, 3): HD95, ASD
-    mm = np.transpose([surface_metrics(*m, spacing) for m in masks]) if spacing is not None else voxels * np.nan
-    return dict(zip(METRICS, (overlap, overlap / (2 - overlap), *voxels, *mm), strict=True),
-                one_empty=np.array([p.any() != y.any() for p, y in masks]))
+    masks = [(pred == k, label == k) for k in range(1, len(CLASSES) + 1)]
+    overlap = dice(pred, label)
+    voxels = np.array([surface_metrics(p, y) for p, y in masks])                                # (3, 2): HD95, ASD
+    mm = voxels * np.nan if spacing is None else np.array([surface_metrics(p, y, spacing) for p, y in masks])
+    scores = dict(zip(METRICS, (overlap, overlap / (2 - overlap), *voxels.T, *mm.T), strict=True))
+    return scores | {"one_empty": np.array([p.any() != y.any() for p, y in masks])}
+
+
+def component_metrics(pred, label, scores):
+    """case_metrics in voxels of pred's largest components; `scores`, those of pred itself, where nothing goes."""
+    kept = np.zeros_like(pred)
+    for box in ndimage.find_objects((pred > 0).astype(np.uint8)):                               # one, or none
+        kept[box] = largest_component(pred[box])
+    return scores if np.array_equal(kept, pred) else case_metrics(kept, label)
 
 
 def volumes_ml(labels, spacing):
@@ -113,8 +130,11 @@ def volumes_ml(labels, spacing):
 def clinical_indices(ed, es):
     """ml of RV, MYO, LV at end-diastole and end-systole -> {index: value} in the units of INDICES; an EF of an empty
     ventricle is NaN."""
-    lv, rv = ((ed[i], es[i], 100 * (ed[i] - es[i]) / ed[i] if ed[i] else np.nan) for i in (2, 0))
-    return dict(zip(INDICES, map(float, (*lv, *rv, DENSITY * ed[1])), strict=True))
+    indices = {}
+    for name, i in (("lv", 2), ("rv", 0)):
+        ef = 100 * (ed[i] - es[i]) / ed[i] if ed[i] else np.nan
+        indices |= {f"{name}_edv": float(ed[i]), f"{name}_esv": float(es[i]), f"{name}_ef": float(ef)}
+    return indices | {"myo_mass": float(DENSITY * ed[1])}
 
 
 def agreement(prediction, annotation):
@@ -123,17 +143,18 @@ def agreement(prediction, annotation):
     keep = np.isfinite(x) & np.isfinite(y)
     x, y = x[keep], y[keep]
     related = len(x) > 2 and np.ptp(x) > 0 and np.ptp(y) > 0
-    return dict(n=len(x), bias=mean(x - y), sd=_sd(x - y), r=float(np.corrcoef(x, y)[0, 1]) if related else np.nan)
+    r = float(np.corrcoef(x, y)[0, 1]) if related else np.nan
+    return dict(n=len(x), bias=mean(x - y), sd=deviation(x - y), r=r)
 
 
-def aggregate(cases):
+def aggregate(cases, metrics=tuple(METRICS)):
     """case_metrics of each volume -> {metric: {RV | MYO | LV | mean: {n, mean, sd}}}; n counts volumes."""
     table = {}
-    for metric in METRICS:
+    for metric in metrics:
         values = np.array([c[metric] for c in cases]).reshape(-1, len(CLASSES))                    # (volumes, 3)
         values = values[np.isfinite(values).all(1)]
         columns = zip((*CLASSES, "mean"), (*values.T, values.mean(1)), strict=True)
-        table[metric] = {c: dict(n=len(v), mean=mean(v), sd=_sd(v)) for c, v in columns}
+        table[metric] = {c: dict(n=len(v), mean=mean(v), sd=deviation(v)) for c, v in columns}
     return table
 
 
@@ -141,17 +162,17 @@ def mean(x):
     return float(np.mean(x)) if len(x) else np.nan
 
 
-def _sd(x):
+def deviation(x):
     return float(np.std(x, ddof=1)) if len(x) > 1 else np.nan
 
 
 # -------------------------------------------------------------------------------------------------------- inference
 
 class Segmentation(NamedTuple):
-    labels: np.ndarray          # (Z, Y, X) uint8
-    entropy: np.ndarray         # (Z, Y, X) float32, 0..1
-    disagreement: np.ndarray    # (3,) float64 for RV, MYO, LV: 1 - Dice of the two networks; NaN with one
-    seconds: float              # of the first network
+    labels: np.ndarray                 # (Z, Y, X) uint8
+    entropy: np.ndarray                # (Z, Y, X) float32, 0..1
+    disagreement: np.ndarray | None    # (3,) float64 for RV, MYO, LV: 1 - Dice of the two networks; None with one
+    seconds: float                     # of the first network
 
 
 def segment(nets, image, inference, component=False):
@@ -163,8 +184,7 @@ def segment(nets, image, inference, component=False):
     maps = [labels, *(segment_volume(n, image, **inference) for n in nets[1:])]
     if component:
         maps = [largest_component(m) for m in maps]
-    disagreement = 1 - dice(*maps) if len(maps) > 1 else np.full(len(CLASSES), np.nan)
-    return Segmentation(maps[0], entropy, disagreement, seconds)
+    return Segmentation(maps[0], entropy, 1 - dice(*maps) if len(maps) > 1 else None, seconds)
 
 
 def load_networks(path, device="cpu", which=None):
@@ -179,6 +199,52 @@ def load_networks(path, device="cpu", which=None):
     return [net, *(load_model(path, device, other)[0] for other in others)], checkpoint
 
 
+# ---------------------------------------------------------------------------------------------------- while training
+
+def validate(net, volumes, inference):
+    """[data_prep.Volume, ...] with labels -> {"dice": [RV, MYO, LV], "hd95_voxel": [RV, MYO, LV]}: floats, case_metrics
+    of segment_volume's answer on the native grid, mean over the volumes."""
+    cases = [case_metrics(segment_volume(net, v.image, **inference), v.label) for v in volumes]
+    return {metric: np.mean([c[metric] for c in cases], axis=0).tolist() for metric in BRIEF}
+
+
+def validation_table(rows):
+    """[(network, "last" or "best", step, scores as of validate), ...] -> the lines that close a training run."""
+    lines = [f"{'on val, Dice':23}     RV     MYO      LV    mean   HD95 in voxels, mean"]
+    for network, when, step, scores in rows:
+        cells = " ".join(f"{x:7.4f}" for x in (*scores["dice"], np.mean(scores["dice"])))
+        lines.append(f"{network:9} {when:4} {step:7}  {cells}   {np.mean(scores['hd95_voxel']):.2f}")
+    return "\n".join(lines)
+
+
+def draw_curves(log, png):
+    """log.csv of a run -> a PNG, whole or not at all: training losses and Dice on val against the step. Where the log
+    tells stages, a line and the number of each but the first stand at its first row."""
+    from matplotlib.figure import Figure
+    with open(log, newline="", encoding="utf-8") as f:
+        rows = list(csv.DictReader(f))
+    starts = {}
+    for row in rows:
+        starts.setdefault(row.get("stage"), int(row["step"]))
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for ax, columns in ((left, ("dice", "ce", "kd", "co", "teacher")), (right, ("val_student", "val_coteacher"))):
+        for column in columns:
+            points = [(int(row["step"]), float(row[column])) for row in rows if float(row.get(column) or 0)]
+            if points:
+                ax.plot(*zip(*points, strict=True), label=column, linewidth=1)
+        if ax.lines:
+            ax.legend()
+        for stage, step in list(starts.items())[1:]:
+            ax.axvline(step, color="0.6", linestyle="--", linewidth=1)
+            ax.text(step, 0.99, f" {stage}", transform=ax.get_xaxis_transform(), va="top", color="0.35")
+    left.set(xlabel="step", yscale="log", title="training losses")
+    right.set(xlabel="step", title="mean Dice on val")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=90)
+    data_prep.write_atomic(Path(png), buffer.getvalue())
+
+
 # --------------------------------------------------------------------------------------------------------- pictures
 
 def three_slices(mask):
@@ -186,7 +252,8 @@ def three_slices(mask):
     area = mask.sum((1, 2))
     z = np.flatnonzero(area) if area.any() else np.arange(len(area))
     half = (len(z) + 1) // 2
-    z = z if area[z[:half]].sum() >= area[z[-half:]].sum() else z[::-1]
+    if area[z[:half]].sum() < area[z[-half:]].sum():
+        z = z[::-1]
     return [int(z[round(f * (len(z) - 1))]) for f in (0, 0.5, 1)]
 
 
@@ -196,68 +263,96 @@ def draw_overlay(path, title, frames):
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
     annotated = all(v.label is not None for _, v, _ in frames)
-    panels = ["image"] + ["annotation"] * annotated + ["prediction"]
-    columns = len(frames) * len(panels)
-    figure = Figure(figsize=(2.1 * columns, 7.2), facecolor="black", layout="constrained")
+    panels = ["image", "annotation", "prediction"] if annotated else ["image", "prediction"]
+    figure = Figure(figsize=(2.1 * len(frames) * len(panels), 7.4), facecolor="black", layout="constrained")
     figure.suptitle(title, color="white", fontsize=15)
     blocks = figure.subfigures(1, len(frames), wspace=0.02, squeeze=False)[0]
     for block, (phase, v, pred) in zip(blocks, frames, strict=True):
-        truth = pred if v.label is None else v.label
         heading = phase
         if v.label is not None:
-            heading += ", Dice " + "  ".join(f"{c} {d:.3f}" for c, d in zip(CLASSES, dice(pred, truth), strict=True))
+            heading += ", Dice " + "  ".join(f"{c} {d:.3f}" for c, d in zip(CLASSES, dice(pred, v.label), strict=True))
         block.set_facecolor("black")
         block.suptitle(heading, color="white", fontsize=12)
-        ys, xs = np.nonzero(truth.any(0)) if truth.any() else [(0, n) for n in truth.shape[1:]]
-        center, half = ((min(ys) + max(ys)) / 2, (min(xs) + max(xs)) / 2), max(np.ptp(ys), np.ptp(xs)) / 2 + 10
-        axes = block.subplots(3, len(panels), squeeze=False)
-        heart = (truth > 0) | (pred > 0)                                      # errors lie at its ends
-        for row, z, level in zip(axes, three_slices(heart), ("basal", "mid", "apical"), strict=True):
-            window = tuple(slice(max(0, int(c - half)), int(c + half) + 1) for c in center)
-            low, high = np.percentile(v.image[z][window], (1, 99.5))
-            for ax, panel in zip(row, panels, strict=True):
-                ax.imshow(v.image[z], cmap="gray", vmin=low, vmax=high, interpolation="bicubic")
-                labels = {"image": None, "annotation": v.label, "prediction": pred}[panel]
-                if labels is not None:
-                    for k, name in enumerate(CLASSES, 1):
-                        if (mask := labels[z] == k).any() and not mask.all():
-                            ax.contour(mask, [0.5], colors=COLORS[name], linewidths=1.6)
-                    if beyond := np.count_nonzero(labels[z]) - np.count_nonzero(labels[z][window]):
-                        ax.text(0.03, 0.03, f"{beyond} pixels outside", color="white", transform=ax.transAxes)
-                ax.set(xlim=(center[1] - half, center[1] + half), ylim=(center[0] + half, center[0] - half),
-                       xticks=[], yticks=[])
-                ax.set_facecolor("black")
-                if level == "basal":
-                    ax.set_title(panel, color="0.8", fontsize=10)
-            row[0].set_ylabel(f"{level}, slice {z + 1}", color="0.8", fontsize=10)
+        draw_levels(block, v, pred, panels)
     handles = [Patch(facecolor="none", edgecolor=COLORS[c], linewidth=2, label=c) for c in CLASSES]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, labelcolor="white", fontsize=12)
+    legend = figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, labelcolor="white",
+                           fontsize=12, title=NOTICE, title_fontsize=8)
+    legend.get_title().set_color("0.6")
     figure.savefig(path)
 
 
+def draw_levels(block, v, pred, panels):
+    """Base, middle and apex of one frame, cropped to the heart, into a subfigure."""
+    truth = pred if v.label is None else v.label
+    ys, xs = np.nonzero(truth.any(0)) if truth.any() else [(0, n) for n in truth.shape[1:]]
+    y, x = (min(ys) + max(ys)) / 2, (min(xs) + max(xs)) / 2
+    half = max(np.ptp(ys), np.ptp(xs)) / 2 + 10
+    window = tuple(slice(max(0, int(c - half)), int(c + half) + 1) for c in (y, x))
+    maps = {"image": None, "annotation": v.label, "prediction": pred}
+    axes = block.subplots(3, len(panels), squeeze=False)
+    heart = (truth > 0) | (pred > 0)                                          # errors lie at its ends
+    for row, z, level in zip(axes, three_slices(heart), ("basal", "mid", "apical"), strict=True):
+        low, high = np.percentile(v.image[z][window], (1, 99.5))
+        for ax, panel in zip(row, panels, strict=True):
+            ax.imshow(v.image[z], cmap="gray", vmin=low, vmax=high, interpolation="bicubic")
+            if maps[panel] is not None:
+                draw_contours(ax, maps[panel][z], window)
+            ax.set(xlim=(x - half, x + half), ylim=(y + half, y - half), xticks=[], yticks=[])
+            ax.set_facecolor("black")
+        row[0].set_ylabel(f"{level}, slice {z + 1}", color="0.8", fontsize=10)
+    for ax, panel in zip(axes[0], panels, strict=True):
+        ax.set_title(panel, color="0.8", fontsize=10)
+
+
+def draw_contours(ax, labels, window):
+    """(Y, X) -> the outline of each class, and how many labelled pixels lie outside the window."""
+    for k, name in enumerate(CLASSES, 1):
+        mask = labels == k
+        if mask.any() and not mask.all():
+            ax.contour(mask, [0.5], colors=COLORS[name], linewidths=1.6)
+    beyond = np.count_nonzero(labels) - np.count_nonzero(labels[window])
+    if beyond:
+        ax.text(0.03, 0.03, f"{beyond} pixels outside", color="white", transform=ax.transAxes)
+
+
 def draw_agreement(path, rows):
-    """Rows of clinical.csv -> a PNG: per index the prediction against the annotation, and their difference against
-    their mean with bias and bias +- 1.96 SD (Bland and Altman, Lancet 1986)."""
+    """Rows of clinical.csv -> a PNG, 4 columns wide. Per index the prediction against the annotation, and below it
+    their difference against their mean with bias and bias +- 1.96 SD (Bland and Altman, Lancet 1986)."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(2.6 * len(INDICES), 5.4), layout="constrained")
-    axes = figure.subplots(2, len(INDICES))
-    for (above, below), (index, unit) in zip(axes.T, INDICES.items(), strict=True):
+    figure = Figure(figsize=(12, 13), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.08)
+    axes = figure.subplots(4, 4)
+    order = ("lv_edv", "lv_esv", "lv_ef", "myo_mass", "rv_edv", "rv_esv", "rv_ef")
+    pairs = [*axes[:2].T, *axes[2:].T]                                          # (above, below): the LV, then the RV
+    for (above, below), index in zip(pairs, order, strict=False):
         x, y = np.array([(r["prediction"], r["annotation"]) for r in rows if r["index"] == index]).T
-        a = agreement(x, y)
-        above.plot(y, x, "o", color="#2a6fb0", alpha=0.7)
-        middle = np.nan_to_num(mean(y[np.isfinite(y)]))
-        above.axline((middle, middle), slope=1, color="0.5", linewidth=1)
-        above.set(title=f"{index_name(index)}, r {format_number(3, a['r'])}", xlabel=f"annotation, {unit}")
-        below.plot((x + y) / 2, x - y, "o", color="#2a6fb0", alpha=0.7)
-        for level, style in ((a["bias"], "-"), (a["bias"] - 1.96 * a["sd"], "--"), (a["bias"] + 1.96 * a["sd"], "--")):
-            if np.isfinite(level):
-                below.axhline(level, color="#c23b4b", linestyle=style, linewidth=1)
-        below.set(title=f"bias {format_number(1, a['bias'], a['sd'])} {unit}", xlabel=f"mean, {unit}")
-        for ax in (above, below):
-            ax.grid(alpha=0.25)
-    axes[0, 0].set_ylabel("prediction")
-    axes[1, 0].set_ylabel("prediction - annotation")
-    figure.savefig(path, dpi=90)
+        draw_index(above, below, index, x, y)
+    for ax in axes[:, 0]:
+        ax.set_ylabel(f"prediction{' - annotation' * (ax in axes[1::2])}")
+    for ax in axes[2:, 3]:
+        ax.axis("off")
+    figure.supxlabel(NOTICE, fontsize=9, color="0.4")
+    figure.savefig(path, dpi=100)
+
+
+def draw_index(above, below, index, x, y):
+    """Predictions x against annotations y (patients,) of one index, and the Bland-Altman plot, into two axes."""
+    a, unit = agreement(x, y), INDICES[index]
+    values = [v for v in (*x, *y) if np.isfinite(v)] or [0]
+    low, high = min(values), max(values)
+    margin = 0.06 * (high - low) or 1
+    above.plot(y, x, "o", color="#2a6fb0", alpha=0.7)
+    above.axline((low, low), slope=1, color="0.5", linewidth=1)
+    above.set(title=f"{index_name(index)}, r {format_number(3, a['r'])}", xlabel=f"annotation, {unit}", aspect="equal",
+              xlim=(low - margin, high + margin), ylim=(low - margin, high + margin))
+    above.locator_params(nbins=5)
+    below.plot((x + y) / 2, x - y, "o", color="#2a6fb0", alpha=0.7)
+    for level, style in ((a["bias"], "-"), (a["bias"] - 1.96 * a["sd"], "--"), (a["bias"] + 1.96 * a["sd"], "--")):
+        if np.isfinite(level):
+            below.axhline(level, color="#c23b4b", linestyle=style, linewidth=1)
+    below.set(title=f"bias {format_number(1, a['bias'], a['sd'])} {unit}", xlabel=f"mean, {unit}")
+    for ax in (above, below):
+        ax.grid(alpha=0.25)
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation
@@ -270,54 +365,35 @@ def evaluate_checkpoint(path, out, data=None, split="test", which=None, device="
     """
     nets, checkpoint = load_networks(path, device, which)
     net, inference = nets[0], checkpoint["inference"]
-    config = checkpoint.get("config")
-    trained_on = str(config.get("data") or "") if isinstance(config, dict) else ""
+    config = checkpoint.get("config") if isinstance(checkpoint.get("config"), dict) else {}
+    trained_on = str(config.get("data") or "")
     root = Path(data or (trained_on if trained_on and Path(trained_on).is_dir() else "data/ACDC"))
-    names = _names(root, split, config.get("labeled") if isinstance(config, dict) else None)
+    names = find_volumes(root, split, config.get("labeled"))
     with staging(Path(out), RESULTS) as folder:
-        rows, cases, preds, seconds = [], [], {}, []
-        for name in tqdm(names, desc=f"{split} of {root}", unit="volume", disable=None, leave=False):
-            v = data_prep.read_volume(root, name)
-            began = time.perf_counter()
-            focus = find_heart(net, v.image, v.spacing, **inference) if find else {}
-            found = time.perf_counter() - began
-            result = segment(nets, v.image, inference | focus, component)
-            preds[name] = result.labels
-            seconds.append((found + result.seconds, len(result.labels)))
-            scores = {} if v.label is None else case_metrics(result.labels, v.label, v.spacing)
-            cases += [scores] if scores else []
-            rows += _case_rows(v, result, scores)
-        clinical = _clinical_rows(rows)
-        columns = {k: [[r[c] for r in clinical if r["index"] == k] for c in ("prediction", "annotation")]
-                   for k in INDICES}
-        overlays = _draw_cases(folder, root, split, rows, preds)
-        timed = seconds[1:] or seconds                                                    # the first one warms up
-        summary = dict(
+        volumes = tqdm((data_prep.read_volume(root, n) for n in names), total=len(names), desc=f"{split} of {root}",
+                       unit="volume", disable=None, leave=False)
+        scored = score_volumes(nets, volumes, inference, find, component)
+        clinical = clinical_rows(scored.rows)
+        timed = scored.seconds[1:] or scored.seconds                                      # the first one warms up
+        summary = plain(dict(
             checkpoint=str(path), network=which or checkpoint["better"], step=checkpoint.get("step"),
             architecture=net.architecture, inference=inference, find_heart=find, largest_component=component,
             parameters=models.count_parameters(net), macs_per_slice=models.count_macs(net, inference["size"]),
             checkpoint_bytes=Path(path).stat().st_size,
             ms_per_slice=1000 * sum(s for s, _ in timed) / sum(n for _, n in timed),
-            device=models.describe_device(device),
-            data=str(root), split=split, volumes=len(names), scored=len(cases),
-            with_spacing=sum(bool(np.isfinite(r["volume_ml"])) for r in rows) // len(CLASSES),
-            one_empty={c: int(sum(s["one_empty"][i] for s in cases)) for i, c in enumerate(CLASSES)},
-            metrics=aggregate(cases), overlays=overlays,
-            clinical={k: {"unit": INDICES[k], **agreement(*columns[k])} for k in INDICES} if clinical else None,
-            uncertainty={k: {x: agreement(*_case_means(rows, k, "dice"))[x] for x in ("n", "r")}
-                         for k in ("entropy", "disagreement")})
-        summary = plain(summary)
-        write_csv(folder / "metrics.csv", rows)
+            device=models.describe_device(device), data=str(root), split=split, volumes=len(names),
+            **summarize(scored, clinical), overlays=draw_cases(folder, root, split, scored)))
+        write_csv(folder / "metrics.csv", scored.rows)
         if clinical:
             write_csv(folder / "clinical.csv", clinical)
-            if cases:
-                draw_agreement(folder / "clinical.png", clinical)
-        write_report(folder, summary, config)
+        if clinical and scored.cases:
+            draw_agreement(folder / "clinical.png", clinical)
+        write_report(folder, summary, patient_table(scored.rows), config)
         (folder / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return {**summary, "out": str(out)}
 
 
-def _names(root, split, labeled):
+def find_volumes(root, split, labeled):
     """The volumes of a split, all of them there; otherwise DataError. unlabeled: train without its first patients."""
     source = "train" if split == "unlabeled" else split
     names = data_prep.read_list(root, source)
@@ -325,9 +401,8 @@ def _names(root, split, labeled):
         slices = data_prep.read_list(root, "train_slices", data_prep.SLICE)
         known = set(data_prep.first_patients(slices, labeled)) if type(labeled) is int else {n[:10] for n in names}
         names = [n for n in names if n[:10] not in known]
-        if not names:
-            raise DataError(f"--split unlabeled: the checkpoint was trained with {labeled} labelled patients, so that "
-                            f"none in {root}/train.list is known to be without; choose another --split")
+        data_prep.require(names, "--split unlabeled", f"the checkpoint was trained with {labeled} labelled patients: "
+                          f"none in {root}/train.list is known to be without", "choose another --split")
     if not names:
         others = [s for s in SPLITS if (root / f"{s}.list").is_file() and data_prep.read_list(root, s)]
         choice = f"choose --split {' or '.join(others)}" if others else "choose another --data"
@@ -339,58 +414,117 @@ def _names(root, split, labeled):
     return names
 
 
-def _case_rows(v, result, scores):
-    """The rows of metrics.csv of one volume; without annotation `scores` is empty."""
+class Scored(NamedTuple):
+    rows: list          # of metrics.csv, three per volume
+    cases: list         # case_metrics of each annotated volume
+    components: list    # component_metrics of each, unless the answers are the largest components already
+    preds: dict         # {name of a volume: labels (Z, Y, X)}
+    seconds: list       # (of the first network and of finding the heart, slices) per volume
+
+
+def score_volumes(nets, volumes, inference, find, component):
+    """Segment and score an iterable of data_prep.Volume -> Scored."""
+    scored = Scored([], [], [], {}, [])
+    for v in volumes:
+        began = time.perf_counter()
+        focus = find_heart(nets[0], v.image, v.spacing, **inference) if find else {}
+        found = time.perf_counter() - began
+        result = segment(nets, v.image, inference | focus, component)
+        scores = None
+        if v.label is not None:
+            scores = case_metrics(result.labels, v.label, v.spacing)
+            scored.cases.append(scores)
+        if v.label is not None and not component:
+            scored.components.append(component_metrics(result.labels, v.label, scores))
+        scored.rows.extend(case_rows(v, result, scores))
+        scored.preds[v.name] = result.labels
+        scored.seconds.append((found + result.seconds, len(result.labels)))
+    return scored
+
+
+def case_rows(v, result, scores):
+    """The rows of metrics.csv of one volume; without annotation `scores` is None."""
     patient, frame = v.name.split("_frame")
-    phase = dict(zip(("01", "02"), PHASES, strict=True)).get(frame, frame)
-    ml = [np.full(len(CLASSES), np.nan) if a is None else volumes_ml(a, v.spacing) for a in (result.labels, v.label)]
-    return [{"case": v.name, "patient": patient, "phase": phase, "group": v.group, "class": c,
-             **{m: scores[m][i] if scores else np.nan for m in METRICS},
-             "one_empty": int(scores["one_empty"][i]) if scores else None,
-             "volume_ml": ml[0][i], "annotation_ml": ml[1][i],
-             "entropy": mean(result.entropy[result.labels == i + 1]), "disagreement": result.disagreement[i]}
-            for i, c in enumerate(CLASSES)]
+    phase = {"01": PHASES[0], "02": PHASES[1]}.get(frame, frame)
+    predicted = volumes_ml(result.labels, v.spacing)
+    annotated = volumes_ml(v.label, v.spacing) if scores else np.full(len(CLASSES), np.nan)
+    rows = []
+    for i, c in enumerate(CLASSES):
+        row = {"case": v.name, "patient": patient, "phase": phase, "group": v.group, "class": c}
+        row |= {m: scores[m][i] if scores else np.nan for m in METRICS}
+        row["one_empty"] = int(scores["one_empty"][i]) if scores else None
+        row |= {"volume_ml": predicted[i], "annotation_ml": annotated[i]}
+        row["entropy"] = mean(result.entropy[result.labels == i + 1])
+        if result.disagreement is not None:
+            row["disagreement"] = result.disagreement[i]
+        rows.append(row)
+    return rows
 
 
-def _case_means(rows, *keys):
-    """Per key the volumes' means over the classes that have a value."""
-    volumes = [rows[i:i + len(CLASSES)] for i in range(0, len(rows), len(CLASSES))]
-    return [[mean([r[key] for r in volume if np.isfinite(r[key])]) for volume in volumes] for key in keys]
+def by_volume(rows):
+    """Rows of metrics.csv -> [the three of a volume, ...]."""
+    return [rows[i:i + len(CLASSES)] for i in range(0, len(rows), len(CLASSES))]
 
 
-def _clinical_rows(rows):
+def clinical_rows(rows):
     """The rows of metrics.csv -> one per patient and index, for patients whose ED and ES have a spacing."""
-    ml = {(r["patient"], r["phase"], r["class"]): r for r in rows if np.isfinite(r["volume_ml"])}
+    found = {}
+    for volume in by_volume(rows):
+        if np.isfinite(volume[0]["volume_ml"]):
+            found.setdefault(volume[0]["patient"], {})[volume[0]["phase"]] = volume
     table = []
-    for patient in dict.fromkeys(p for p, _, _ in ml):
-        if not all((patient, phase, CLASSES[0]) in ml for phase in PHASES):
+    for patient, phases in found.items():
+        if not set(PHASES) <= set(phases):
             continue
-        prediction, annotation = (
-            clinical_indices(*([ml[patient, phase, c][key] for c in CLASSES] for phase in PHASES))
-            for key in ("volume_ml", "annotation_ml"))
-        group = ml[patient, PHASES[0], CLASSES[0]]["group"]
-        table += [dict(patient=patient, group=group, index=k, unit=INDICES[k], prediction=prediction[k],
-                       annotation=annotation[k]) for k in INDICES]
+        prediction, annotation = (clinical_indices(*([r[key] for r in phases[phase]] for phase in PHASES))
+                                  for key in ("volume_ml", "annotation_ml"))
+        table += [dict(patient=patient, group=phases["ED"][0]["group"], index=k, unit=unit, prediction=prediction[k],
+                       annotation=annotation[k]) for k, unit in INDICES.items()]
     return table
 
 
-def _draw_cases(folder, root, split, rows, preds):
+def summarize(scored, clinical):
+    """Scored, rows of clinical.csv -> what summary.json says of them."""
+    volumes = by_volume(scored.rows)
+    dices = [mean([r["dice"] for r in volume]) for volume in volumes]
+    uncertainty = {}
+    for key in ("entropy", "disagreement"):
+        if key in scored.rows[0]:
+            values = [mean([r[key] for r in volume if np.isfinite(r[key])]) for volume in volumes]
+            found = agreement(values, dices)
+            uncertainty[key] = {"n": found["n"], "r": found["r"]}
+    indices = {}
+    for k, unit in INDICES.items() if clinical else ():
+        pairs = [(r["prediction"], r["annotation"]) for r in clinical if r["index"] == k]
+        indices[k] = {"unit": unit, **agreement(*zip(*pairs, strict=True))}
+    return dict(
+        scored=len(scored.cases), with_spacing=sum(bool(np.isfinite(v[0]["volume_ml"])) for v in volumes),
+        one_empty={c: int(sum(case["one_empty"][i] for case in scored.cases)) for i, c in enumerate(CLASSES)},
+        metrics=aggregate(scored.cases),
+        largest_component_metrics=aggregate(scored.components, BRIEF) if scored.components else None,
+        clinical=indices or None, uncertainty=uncertainty)
+
+
+def draw_cases(folder, root, split, scored):
     """Overlays of the best, median and worst patient -> {"best": "patient028", ...}. Where none is scored the first
     of the split is drawn in the best one's place."""
-    patients = {r["patient"]: [x for x in rows if x["patient"] == r["patient"]] for r in rows}
-    dices = {p: [r["dice"] for r in of if np.isfinite(r["dice"])] for p, of in patients.items()}
-    scores = {p: mean(s) for p, s in dices.items() if s}
+    patients, dices = {}, {}
+    for volume in by_volume(scored.rows):
+        patients.setdefault(volume[0]["patient"], []).append(volume[0])
+        dices.setdefault(volume[0]["patient"], []).extend(r["dice"] for r in volume if np.isfinite(r["dice"]))
+    scores = {p: mean(d) for p, d in dices.items() if d}
     order = sorted(scores, key=scores.get, reverse=True) or list(patients)[:1]
     drawn = {}
     for kind, i in zip(PICTURES, (0, len(order) - 1, (len(order) - 1) // 2), strict=True):
-        if (patient := order[i]) in drawn.values():
+        patient = order[i]
+        if patient in drawn.values():
             continue
         drawn[kind] = patient
-        volumes = [(r["phase"], data_prep.read_volume(root, r["case"]), preds[r["case"]])
-                   for r in patients[patient][::len(CLASSES)]]
-        group = f" ({volumes[0][1].group})" if volumes[0][1].group else ""
+        frames = [(r["phase"], data_prep.read_volume(root, r["case"]), scored.preds[r["case"]])
+                  for r in patients[patient]]
+        group = f" ({frames[0][1].group})" if frames[0][1].group else ""
         score = f", {kind} of {len(order)} in {split}: mean Dice {scores[patient]:.3f}" if scores else ", no annotation"
-        draw_overlay(folder / f"overlay_{kind}.png", patient + group + score, volumes)
+        draw_overlay(folder / f"overlay_{kind}.png", patient + group + score, frames)
     return drawn
 
 
@@ -398,19 +532,54 @@ def _draw_cases(folder, root, split, rows, preds):
 
 @contextmanager
 def staging(out, names):
-    """A temporary folder whose files `names` move into `out` on success; after an error `out` is as it was."""
+    """A hidden folder whose files `names` move into `out` on success; after an error `out` is as it was."""
     parent = next(p for p in (out, *out.absolute().parents) if p.exists())
-    with tempfile.TemporaryDirectory(dir=parent, prefix=".evaluate-") as temporary:
-        yield Path(temporary)
+    for place in {parent, out.absolute().parent}:
+        remove_abandoned(place)
+    folder, lock = hidden_folder(parent)
+    try:
+        yield folder
         out.mkdir(parents=True, exist_ok=True)
         for name in names:                                       # the last one last: where it stands, the rest does
-            fresh = Path(temporary) / name
+            fresh = folder / name
             if not fresh.exists():
                 (out / name).unlink(missing_ok=True)             # of an earlier evaluation
                 continue
             with open(fresh, "r+b") as f:
                 os.fsync(f.fileno())
             os.replace(fresh, out / name)
+    finally:
+        lock.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def hidden_folder(parent):
+    """-> a new folder in `parent`, and the file in it that stays locked while this process lives."""
+    while True:
+        folder = Path(tempfile.mkdtemp(dir=parent, prefix=HIDDEN))
+        lock = open(folder / ".lock", "w")  # noqa: SIM115
+        with suppress(OSError, AttributeError):                  # a disk, or a system, without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists():                                      # otherwise another process took it for abandoned
+            return folder, lock
+        lock.close()
+
+
+def remove_abandoned(parent):
+    """Remove the hidden folders in `parent` that no process holds: those of killed ones."""
+    for path in parent.glob(f"{HIDDEN}*/.lock"):
+        with suppress(OSError, AttributeError), open(path, "r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)     # BlockingIOError: its process lives
+            shutil.rmtree(path.parent, ignore_errors=True)
+
+
+@contextmanager
+def names_target(target, option="--out"):
+    """An OSError within becomes the DataError that names what could not be written, and the remedy."""
+    try:
+        yield
+    except OSError as e:
+        raise DataError(f"{target}: {e.strerror or e}; choose another {option} or free some space") from None
 
 
 def plain(x):
@@ -428,106 +597,128 @@ def write_csv(path, rows):
         writer = csv.DictWriter(f, rows[0])
         writer.writeheader()
         for row in rows:
-            row = {k: plain(v) for k, v in row.items()}
+            row = plain(row)
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def format_number(digits, *values):
+    """Mean and deviation, or one value; "-" for what is undefined."""
+    return " ± ".join("-" if plain(x) is None else f"{x:.{digits}f}" for x in values)
 
 
 def index_name(index):
     return index.upper().replace("_", " ").replace("MYO MASS", "mass")
 
 
-def tables(s):
-    """The summary's tables as text: [[header, row, ...], ...], without what cannot be told."""
-    found = []
-    if s["scored"]:
-        shown = [m for m in METRICS if s["metrics"][m]["mean"]["n"]]
-        found.append([["", *(METRICS[m] for m in shown)]])
-        for c in (*CLASSES, "mean"):
-            cells = [(2 if "_" in m else 4, s["metrics"][m][c]) for m in shown]       # voxels and mm want two digits
-            found[-1].append([c, *(format_number(d, x["mean"], x["sd"]) for d, x in cells)])
-    if s["clinical"] and s["scored"]:
-        found.append([["clinical", "unit", "bias ± SD", "r", "n"]])
-        for k, x in s["clinical"].items():
-            bias = format_number(1, x["bias"], x["sd"])
-            found[-1].append([index_name(k), x["unit"], bias, format_number(3, x["r"]), str(x["n"])])
-    return found
+def metrics_table(title, metrics):
+    """aggregate's table as text: [header, row, ...], without the metrics that no volume has."""
+    shown = [m for m in metrics if metrics[m]["mean"]["n"]]
+    table = [[title, *(METRICS[m] for m in shown)]]
+    for c in (*CLASSES, "mean"):
+        cells = [(2 if "_" in m else 4, metrics[m][c]) for m in shown]                # voxels and mm want two digits
+        table.append([c, *(format_number(digits, x["mean"], x["sd"]) for digits, x in cells)])
+    return table
 
 
-def sentences(s):
-    """What else the summary says: (before, after the tables), lists of lines."""
+def patient_table(rows):
+    """Rows of metrics.csv -> [header, row per annotated volume, ...] as text, the worst mean Dice first."""
+    scored = [(mean([r["dice"] for r in volume]), volume) for volume in by_volume(rows)]
+    scored = sorted((pair for pair in scored if np.isfinite(pair[0])), key=lambda pair: pair[0])
+    table = [["patient", "group", "phase", *CLASSES, "mean Dice"]]
+    for average, volume in scored:
+        dices = [format_number(3, x) for x in (*(r["dice"] for r in volume), average)]
+        table.append([volume[0]["patient"], volume[0]["group"] or "-", volume[0]["phase"], *dices])
+    return table
+
+
+def describe(s):
+    """The summary for people: a list of lines (str) and of tables as text ([header, row, ...])."""
     depth, base = s["architecture"]["depth"], s["architecture"]["base"]
-    extras = [text for text, on in (("heart found and resampled", s["find_heart"]),
-                                    ("largest component per class", s["largest_component"])) if on]
-    before = [f"{s['checkpoint']}: {s['network']} of step {s['step']}, U-Net[{depth}, {base}], "
-              f"{s['parameters'] / 1e6:.2f} M parameters, {s['macs_per_slice'] / 1e9:.2f} G MACs per slice, "
-              f"{s['checkpoint_bytes'] / 1e6:.1f} MB on disk, {s['ms_per_slice']:.1f} ms per slice ({s['device']})",
-              f"{s['data']}, {s['split']}: {s['scored']} volumes scored, " + ", ".join(
-                  ["native grid", *extras, "mean ± standard deviation"])]
-    after = []
+    options = (("heart found and resampled", s["find_heart"]), ("largest component per class", s["largest_component"]))
+    terms = ["native grid", *(text for text, on in options if on), "mean ± standard deviation"]
+    found = [f"{s['checkpoint']}: {s['network']} of step {s['step']}, U-Net[{depth}, {base}], "
+             f"{s['parameters'] / 1e6:.2f} M parameters, {s['macs_per_slice'] / 1e9:.2f} G MACs per slice, "
+             f"{s['checkpoint_bytes'] / 1e6:.1f} MB on disk, {s['ms_per_slice']:.1f} ms per slice ({s['device']})",
+             f"{s['data']}, {s['split']}: {s['scored']} volumes scored, {', '.join(terms)}"]
+    if s["scored"]:
+        found.append(metrics_table("", s["metrics"]))
+    if s["largest_component_metrics"]:
+        found.append(metrics_table("largest component", s["largest_component_metrics"]))
+    if s["scored"] and s["clinical"]:
+        table = [["clinical", "unit", "bias ± SD", "r", "n"]]
+        for k, x in s["clinical"].items():
+            bias, r = format_number(1, x["bias"], x["sd"]), format_number(3, x["r"])
+            table.append([index_name(k), x["unit"], bias, r, str(x["n"])])
+        found.append(table)
     if s["scored"]:
         empty = ", ".join(f"{c} {n}" for c, n in s["one_empty"].items())
-        after.append(f"one empty, the other not (Dice 0, distances = the volume's diagonal): {empty}")
-        for k, x in s["uncertainty"].items():
-            if x["n"] > 2:
-                after.append(f"{k} against Dice, {x['n']} volumes: r {format_number(3, x['r'])}")
+        found.append(f"one empty, the other not (Dice 0, distances = the volume's diagonal): {empty}")
+        found += [f"{k} against Dice, {x['n']} volumes: r {format_number(3, x['r'])}"
+                  for k, x in s["uncertainty"].items() if x["n"] > 2]
     if s["with_spacing"] < s["volumes"]:
-        after.append(f"{s['volumes'] - s['with_spacing']} volumes carry no spacing (the community's copy has none): "
+        found.append(f"{s['volumes'] - s['with_spacing']} volumes carry no spacing (the community's copy has none): "
                      "their distances are in voxels only, and clinical indices leave them out; data_prep.py writes the "
                      "spacing")
     elif not s["clinical"]:
-        after.append("no clinical indices: they want ED and ES of a patient in one split")
-    return before, after
+        found.append("no clinical indices: they want ED and ES of a patient in one split")
+    return found
 
 
-def print_table(s):
-    """The summary for people."""
-    before, after = sentences(s)
-    print(*before, sep="\n")
-    for table in tables(s):
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        for first, *cells in table:
+def print_summary(s):
+    for part in describe(s):
+        if isinstance(part, str):
+            print(part)
+            continue
+        widths = [max(map(len, column)) for column in zip(*part, strict=True)]
+        for first, *cells in part:
             print(first.ljust(widths[0]) + "".join(f"  {c:>{w}}" for c, w in zip(cells, widths[1:], strict=True)))
-    print(*after, sep="\n", end="\n" if after else "")
-    print(f"{s['out']}: metrics.csv, {'clinical.csv, ' if s['clinical'] else ''}summary.json, report.html, "
-          + ", ".join(f"overlay_{k}.png ({p})" for k, p in s["overlays"].items()))
+    overlays = ", ".join(f"overlay_{k}.png ({p})" for k, p in s["overlays"].items())
+    clinical = "clinical.csv, " if s["clinical"] else ""
+    print(f"{s['out']}: metrics.csv, {clinical}summary.json, report.html, {overlays}")
 
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#1b2733}
-table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .8rem;text-align:right;
-border-bottom:1px solid #d5dde5;font-variant-numeric:tabular-nums}td:first-child{text-align:left}
-img{max-width:100%;margin:.5rem 0}
-pre{background:#f3f6f9;padding:1rem;overflow:auto;font-size:12px}h2{margin-top:2rem}"""
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#1b2733;
+overflow-wrap:anywhere}
+h1{line-height:1.2}h2{margin-top:2rem}.notice{color:#5b6b7a}
+.box,pre{overflow:auto}.box{margin:1rem 0;max-height:32rem}table{border-collapse:collapse;white-space:nowrap}
+td,th{padding:.25rem .8rem;text-align:right;border-bottom:1px solid #d5dde5;font-variant-numeric:tabular-nums}
+td:first-child,th:first-child{text-align:left}
+img{max-width:100%;margin:.5rem 0}pre{background:#f3f6f9;padding:1rem;font-size:12px}"""
 
 
-def write_report(folder, summary, config):
-    """report.html of the summary and the pictures in `folder`: one file that needs no other."""
-    def table(rows):
-        lines = ["".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row)
-                 for row, tag in zip(rows, ["th"] + ["td"] * len(rows), strict=False)]
-        return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+def to_html(part):
+    """A line or a table as of `describe`."""
+    if isinstance(part, str):
+        return f"<p>{html.escape(part)}</p>"
+    lines = []
+    for i, row in enumerate(part):
+        tag = "td" if i else "th"
+        lines.append("".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row))
+    return f'<div class="box"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
 
-    def picture(name, caption):
-        data = base64.b64encode((folder / name).read_bytes()).decode()
-        return f'<h2>{html.escape(caption)}</h2><img alt="{html.escape(caption)}" src="data:image/png;base64,{data}">'
-    before, after = ([f"<p>{html.escape(line)}</p>" for line in part] for part in sentences(summary))
-    pictures = [("clinical.png", "Clinical indices: correlation and Bland-Altman")]
-    pictures += [(f"overlay_{k}.png", f"{k}: {p}" if summary["scored"] else p)
-                 for k, p in sorted(summary["overlays"].items())]                    # best, median, worst
+
+def write_report(folder, summary, patients, config):
+    """report.html of the summary, patient_table's rows and the pictures in `folder`: one file that needs no other."""
+    title = f"ACT-Net {summary['network'].replace('cot', 'co-t')} on {summary['split']}: "
+    title += f"Dice {summary['metrics']['dice']['mean']['mean']:.3f}" if summary["scored"] else "no annotation"
+    title = html.escape(title)
+    body = [f'<h1>{title}</h1><p class="notice">{NOTICE}</p>', *map(to_html, describe(summary))]
+    if summary["scored"]:
+        body += ["<h2>Dice of every volume, the worst first</h2>", to_html(patients)]
+    pictures = {"clinical.png": "Clinical indices: correlation and Bland-Altman"}
+    for kind, patient in sorted(summary["overlays"].items()):                        # best, median, worst
+        pictures[f"overlay_{kind}.png"] = html.escape(f"{kind}: {patient}" if summary["scored"] else patient)
+    for name, caption in pictures.items():
+        if (folder / name).exists():
+            data = base64.b64encode((folder / name).read_bytes()).decode()
+            body.append(f'<h2>{caption}</h2><img alt="{caption}" src="data:image/png;base64,{data}">')
     shown = ("checkpoint", "network", "step", "architecture", "inference", "find_heart", "largest_component", "data",
              "split", "device")
-    settings = json.dumps({"evaluation": {k: summary[k] for k in shown}, "training": config}, indent=1, default=str)
-    title = html.escape(f"{summary['split']} of {summary['data']}")
-    (folder / "report.html").write_text("\n".join([
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>',
-        f"<h1>{title}</h1>", *before, *map(table, tables(summary)), *after,
-        *(picture(*p) for p in pictures if (folder / p[0]).exists()),
-        f"<h2>Configuration</h2><pre>{html.escape(settings)}</pre></html>\n"]), encoding="utf-8",
-        errors="backslashreplace")
-
-
-def format_number(digits, *values):
-    """Mean and deviation, or one value; "-" for what is undefined."""
-    return " ± ".join("-" if plain(x) is None else f"{x:.{digits}f}" for x in values)
+    settings = {"evaluation": {k: summary[k] for k in shown}, "training": config}
+    body.append(f"<h2>Configuration</h2><pre>{html.escape(json.dumps(settings, indent=1, default=str))}</pre>")
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
+    page = f'<!doctype html><html lang="en">{head}<style>{STYLE}</style>\n' + "\n".join(body) + "</html>\n"
+    (folder / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 # ------------------------------------------------------------------------------------------------------------- main
@@ -544,15 +735,6 @@ def add_network_options(parser, on):
     device = parser.add_argument_group("device").add_mutually_exclusive_group()
     device.add_argument("--gpu", type=int, metavar="N", help="CUDA device [the first, if any]")
     device.add_argument("--cpu", action="store_true", help="run on the CPU")
-
-
-@contextmanager
-def names_target(target, option="--out"):
-    """An OSError within becomes the DataError that names what could not be written, and the remedy."""
-    try:
-        yield
-    except OSError as e:
-        raise DataError(f"{target}: {e.strerror or e}; choose another {option} or free some space") from None
 
 
 def parse(argv):
@@ -581,7 +763,7 @@ def work(args):
         torch.backends.cudnn.allow_tf32 = False                                        # a GPU's scores as a CPU's
         summary = evaluate_checkpoint(args.checkpoint, out, args.data, args.split, args.which, device, args.find_heart,
                                       args.largest_component)
-    print_table(summary)
+    print_summary(summary)
     unscored = summary["volumes"] - summary["scored"]
     if unscored:
         print(f"evaluate.py: {unscored} of {summary['volumes']} volumes have no annotation: predicted, not scored",

@@ -99,19 +99,20 @@ def read_frames(source):
 # --------------------------------------------------------------------------------------------------------- one file
 
 def segment_frames(nets, frames, spacing, inference, component, name=""):
-    """(T, Z, Y, X) -> labels (T, Z, Y, X) uint8, entropy of that shape, float32, and a row of NAME_volumes.csv per
-    frame."""
-    labels, entropy, rows = np.empty(frames.shape, np.uint8), np.empty(frames.shape, np.float32), []
+    """(T, Z, Y, X) -> (labels of that shape, uint8; entropy maps, T of (Z, Y, X) float32; rows of NAME_volumes.csv)."""
+    labels, maps, rows = np.empty(frames.shape, np.uint8), [], []
     silent = None if len(frames) > 1 else True                         # None: where stderr is no terminal
     for t, frame in enumerate(tqdm(frames, desc=name, unit="frame", disable=silent, leave=False)):
         result = evaluate.segment(nets, frame, inference, component)
-        labels[t], entropy[t] = result.labels, result.entropy
+        labels[t] = result.labels
+        maps.append(result.entropy)
         row = dict(frame=t + 1, phase="")
         row |= zip((f"{c.lower()}_ml" for c in CLASSES), volumes_ml(result.labels, spacing), strict=True)
         row["entropy"] = mean(result.entropy[result.labels > 0])
-        row["disagreement"] = mean(result.disagreement)
+        if result.disagreement is not None:
+            row["disagreement"] = mean(result.disagreement)
         rows.append(row)
-    return labels, entropy, rows
+    return labels, maps, rows
 
 
 def find_phases(ml):
@@ -145,10 +146,10 @@ def predict_file(nets, source, stem, inference, find=True, component=True, entro
         write_csv(folder / f"{stem.name}_volumes.csv", rows)
         save_like(nifti, labels, folder / f"{stem.name}_seg.nii.gz")
         if entropy:
-            save_like(nifti, maps, folder / f"{stem.name}_entropy.nii.gz")
+            save_like(nifti, np.array(maps), folder / f"{stem.name}_entropy.nii.gz")
     axes = "".join(map(str, nib.aff2axcodes(np.nan_to_num(nifti.affine))))
-    return dict(file=str(source), frames=len(frames), axes=axes, **{k: t + 1 for k, t in phases.items()}, **indices,
-                entropy=mean([r["entropy"] for r in rows]), disagreement=mean([r["disagreement"] for r in rows]))
+    row = dict(file=str(source), frames=len(frames), axes=axes, **{k: t + 1 for k, t in phases.items()}, **indices)
+    return row | {key: mean([r[key] for r in rows]) for key in ("entropy", "disagreement") if key in rows[0]}
 
 
 def save_like(nifti, array, path):

@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from medpy.metric import binary
 from PIL import Image
@@ -304,6 +305,61 @@ def test_largest_component_by_hand():
     assert (largest_component(np.zeros((2, 3, 3), np.uint8)) == 0).all()
 
 
+def test_clinical_plots_have_four_columns_and_equal_axes(monkeypatch, tmp_path):
+    pairs, drawn = np.random.default_rng(0).random((9, 2)), []
+    rows = [dict(index=k, prediction=50 * a, annotation=60 * b) for k in evaluate.INDICES for a, b in pairs]
+    rows += [dict(index=k, prediction=5.0, annotation=math.nan) for k in evaluate.INDICES]
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
+    evaluate.draw_agreement(tmp_path / "x.png", rows)
+    FigureCanvasAgg(drawn[0]).draw()
+    titles = [ax.get_title().split(",")[0] for ax in drawn[0].axes]
+    assert titles[:4] + titles[8:11] == ["LV EDV", "LV ESV", "LV EF", "mass", "RV EDV", "RV ESV", "RV EF"]
+    assert drawn[0].axes[0].get_gridspec().ncols == 4
+    assert drawn[0].get_supxlabel() == evaluate.NOTICE
+    for ax in drawn[0].axes[:4] + drawn[0].axes[8:11]:
+        box = ax.get_window_extent()
+        assert ax.get_xlim() == ax.get_ylim()
+        assert box.width == pytest.approx(box.height)
+
+
+# --------------------------------------------------------------------------------------------------- while training
+
+def test_validation_and_its_table(checkpoint, root):
+    """Means over the volumes of what an evaluation gives each, as floats; the lines that end a run."""
+    volumes = [data_prep.read_volume(root, n) for n in data_prep.read_list(root, "val")]
+    net, content = load_model(checkpoint)
+    preds = [segment_volume(net, v.image, **content["inference"]) for v in volumes]
+    got = evaluate.validate(net, volumes, content["inference"])
+    dices = [evaluate.dice(p, v.label) for p, v in zip(preds, volumes, strict=True)]
+    assert got["dice"] == np.mean(dices, axis=0).tolist()
+    hd95 = [[medpy_metrics(p == k, v.label == k, SPACING)[2] for k in (1, 2, 3)]
+            for p, v in zip(preds, volumes, strict=True)]
+    np.testing.assert_allclose(got["hd95_voxel"], np.mean(hd95, axis=0))
+    assert json.loads(json.dumps(got)) == got
+    table = evaluate.validation_table([("student", "last", 300, dict(dice=[0.5, 0.75, 1.0], hd95_voxel=[1, 2, 3.5])),
+                                       ("coteacher", "best", 2000, got)])
+    assert table.splitlines()[:2] == [
+        "on val, Dice                RV     MYO      LV    mean   HD95 in voxels, mean",
+        "student   last     300   0.5000  0.7500  1.0000  0.7500   2.17"]
+    assert table.splitlines()[2].startswith("coteacher best    2000 ")
+
+
+def test_curves_mark_each_stage_after_the_first(monkeypatch, tmp_path):
+    rows = ["step,stage,dice,val_student", "10,1,0.9,", "20,1,0.8,0.5", "30,2,0.7,", "40,3,0.6,0.7"]
+    real, drawn = Figure.savefig, []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: drawn.append(figure) or real(figure, *a, **k))
+    for text in ("\n".join(rows), "step,dice,val_student\n10,0.9,\n20,0.8,0.5\n"):             # then: without stages
+        (tmp_path / "log.csv").write_text(text)
+        evaluate.draw_curves(tmp_path / "log.csv", tmp_path / "curves.png")
+        assert Image.open(tmp_path / "curves.png").size == (990, 360)
+    left, right = drawn[0].axes
+    assert [line.get_xydata().tolist() for line in left.lines[:1] + right.lines[:1]] == [
+        [[10, 0.9], [20, 0.8], [30, 0.7], [40, 0.6]], [[20, 0.5], [40, 0.7]]]
+    for ax in drawn[0].axes:
+        assert [(t.get_position()[0], t.get_text().strip()) for t in ax.texts] == [(30, "2"), (40, "3")]
+    assert [len(ax.lines) for ax in (*drawn[0].axes, *drawn[1].axes)] == [3, 3, 1, 1]
+
+
 # ------------------------------------------------------------------------------------------------------ command line
 
 def test_command_line(checkpoint, root):
@@ -574,24 +630,65 @@ def test_help_fits_a_screen(capsys, monkeypatch):
         assert default in text
 
 
+def blob(net, volume, *args, real=segment_volume, **kwargs):
+    """segment_volume, with a second blob of LV in the first slice's corner."""
+    answer = real(net, volume, *args, **kwargs)
+    (answer[0] if isinstance(answer, tuple) else answer)[0, :3, :3] = 3
+    return answer
+
+
 @pytest.mark.usefixtures("no_pictures")
-def test_options_reach_the_evaluation(capsys, monkeypatch, tmp_path, checkpoint):
-    """--largest-component and --find-heart raise the score of a heart off the centre with a second blob; the table
-    and summary.json say so; without them neither is done."""
-    root = write_root(tmp_path / "prepared", {"val": ["patient028"]})
-    monkeypatch.setattr(evaluate, "draw_agreement", lambda path, rows: path.write_text("") and None)
-    monkeypatch.setattr(evaluate, "write_report", lambda *_: None)
-    asked = []
-    monkeypatch.setattr(evaluate, "largest_component", lambda labels: asked.append("component") or labels)
+def test_the_largest_component_is_told_beside_or_taken(capsys, monkeypatch, tmp_path, checkpoint, root):
+    """Plain by default, with the largest component's Dice and HD95 in a table of their own; asked for, it is all."""
+    monkeypatch.setattr(evaluate, "segment_volume", blob)
     monkeypatch.setattr(evaluate, "find_heart", lambda *a, **k: asked.append("find") or {})
-    for options, expected in ((["--find-heart", "--largest-component"], {"component", "find"}), ([], set())):
-        asked.clear()
+    summaries, asked = [], []
+    for options in ([], ["--find-heart", "--largest-component"]):
         code, stdout, _ = run(capsys, checkpoint, "--data", root, "--split", "val", "--out", tmp_path / "o", *options)
-        assert code == 0
-        assert set(asked) == expected
+        assert (code, len(asked)) == (0, 6 if options else 0)
+        assert ("heart found and resampled, largest component per class" in stdout) == bool(options)
+        assert ("\nlargest component " in stdout) != bool(options)
+        summaries.append(json.loads((tmp_path / "o" / "summary.json").read_text()))
+    beside, taken = summaries
+    assert [s["largest_component"] for s in summaries] == [s["find_heart"] for s in summaries] == [False, True]
+    assert taken["largest_component_metrics"] is None
+    assert beside["largest_component_metrics"] == {m: taken["metrics"][m] for m in ("dice", "hd95_voxel")}
+    assert beside["metrics"]["dice"]["LV"]["mean"] < taken["metrics"]["dice"]["LV"]["mean"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_one_network_has_no_column_of_disagreement(capsys, tmp_path, checkpoint, root):
+    save(tmp_path / "alone.pt", dict(student=load_model(checkpoint)[0]))
+    for path, there in ((tmp_path / "alone.pt", False), (checkpoint, True)):
+        run(capsys, path, "--data", root, "--split", "val", "--out", tmp_path / "o")
+        assert ("disagreement" in read_csv(tmp_path / "o" / "metrics.csv")[0]) == there
         summary = json.loads((tmp_path / "o" / "summary.json").read_text())
-        assert (summary["find_heart"], summary["largest_component"]) == (bool(expected), bool(expected))
-        assert ("heart found and resampled, largest component per class" in stdout) == bool(expected)
+        assert list(summary["uncertainty"]) == ["entropy", "disagreement"][:1 + there]
+
+
+def test_hidden_folders_of_killed_processes_go(tmp_path):
+    """Where the results go and, before that folder is there, beside it; those of a running process stay."""
+    code = "import evaluate, pathlib, sys, time\nwith evaluate.staging(pathlib.Path(sys.argv[1]), []) as f:\n" \
+        "    (f / 'half').write_text('x'); print(f, flush=True); time.sleep(60)"
+    (tmp_path / "there").mkdir()
+    command = [sys.executable, "-c", code]
+    children = [subprocess.Popen([*command, tmp_path / out], stdout=subprocess.PIPE, text=True, cwd=SCRIPT.parent)
+                for out in ("there", "new", "new")]
+    dead, fresh, alive = (Path(c.stdout.readline().strip()) for c in children)
+    for child in children[:2]:
+        child.kill()
+        child.wait()
+    assert dead.exists()
+    assert fresh.exists()
+    for out in (tmp_path / "there", tmp_path / "new"):
+        with evaluate.staging(out, ["a"]) as folder:
+            (folder / "a").write_text("whole")
+    assert not dead.exists()
+    assert not fresh.exists()
+    assert (alive / "half").exists()
+    children[2].terminate()
+    children[2].wait()
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file() and alive not in p.parents] == ["a", "a"]
 
 
 def browse(tmp_path, page, *args):
@@ -617,6 +714,12 @@ def test_report_in_a_browser(capsys, tmp_path, checkpoint):
     assert f"<td>{dice['mean']:.4f} ± {dice['sd']:.4f}</td>" in dom
     assert f"<td>{summary['clinical']['lv_ef']['r']:.3f}</td>" in dom
     assert "a &lt;b&gt;&amp;" in dom
+    assert f"<h1>ACT-Net student on val: Dice {dice['mean']:.3f}</h1>" in dom
+    assert evaluate.NOTICE in dom
+    cells = re.findall(r"<td>(patient\d+)</td><td>NOR</td><td>(E[DS])</td>" + r"<td>([\d.]+)</td>" * 4, dom)
+    means = [float(c[-1]) for c in cells]
+    assert (len(cells), means) == (6, sorted(means))
+    assert np.mean(means) == pytest.approx(dice["mean"], abs=1e-3)
     assert "<b>" not in dom
     assert "largest_component" in dom                                                   # the configuration
     pictures = re.findall(r'<img[^>]* src="([^"]*)"', dom)
@@ -631,3 +734,10 @@ def test_report_in_a_browser(capsys, tmp_path, checkpoint):
     sizes = [Image.open(io.BytesIO(base64.b64decode(p.partition(",")[2]))).size for p in pictures]
     black = (pixels.max(-1) < 30).sum()                                                 # the overlays' background
     assert black > 0.1 * sum(w * h for w, h in sizes[1:])
+    narrow = tmp_path / "narrow.html"
+    script = "document.title = [innerWidth, document.documentElement.scrollWidth, document.querySelector('table')" \
+        ".scrollWidth]"
+    narrow.write_text(f"{alone.read_text()}<script>{script}</script>")
+    dom = browse(tmp_path, narrow, "--dump-dom", "--window-size=390,900").stdout
+    window, page, table = map(int, re.search(r"<title>(.*?)</title>", dom)[1].split(","))
+    assert page <= window < table

@@ -923,6 +923,10 @@ def wrong_options():
         yield "phantom.py", ["out", option, value], option
     for option, value in (("--split", "train"), ("--which", "teacher"), ("--gpu", "x")):
         yield "evaluate.py", ["best.pt", option, value], option
+    for option in ("--predict", "--onnx", "--time"):
+        yield "evaluate.py", ["best.pt", option, "x"], "predict.py does this: python predict.py CKPT PATH..."
+    for argv, word in (([], "CHECKPOINT"), (["x"], "PATH"), (["x", "y", "--time"], "one of"), (["x", "--gpu", "y"], "y")):
+        yield "predict.py", argv, word
     for option in ("preset", "resume"):
         yield "train_actnet.py", [f"--{option}"], f"--{option}"
     yield "train_actnet.py", ["--cpu", "--gpu", "0"], "--gpu"

@@ -244,7 +244,7 @@ def test_nothing_found(capsys, tmp_path, checkpoint):
 
 @pytest.mark.usefixtures("no_pictures")
 def test_uncertainty(capsys, tmp_path, checkpoint):
-    """Disagreement and entropy by hand; without a second network an empty cell, without --entropy no map."""
+    """Disagreement and entropy by hand; without a second network no column, without --entropy no map."""
     source = write_nifti(tmp_path / "scan.nii", frame())
     args = [source, "--out", tmp_path / "out", "--no-find-heart", "--no-largest-component"]
     assert run(capsys, checkpoint, *args, "--entropy")[0] == 0
@@ -264,7 +264,8 @@ def test_uncertainty(capsys, tmp_path, checkpoint):
     alone = tmp_path / "alone.pt"
     save(alone, dict(student=student))
     assert run(capsys, alone, *args)[0] == 0
-    assert read_csv(tmp_path / "out" / "scan_volumes.csv")[0]["disagreement"] == ""
+    assert "disagreement" not in read_csv(tmp_path / "out" / "scan_volumes.csv")[0]
+    assert read_csv(tmp_path / "out" / "predictions.csv")[0]["disagreement"] == ""
     assert not (tmp_path / "out" / "scan_entropy.nii.gz").exists()                      # of the run before
     assert run(capsys, checkpoint, *args, "--which", "coteacher")[0] == 0
     np.testing.assert_array_equal(np.asanyarray(nib.load(tmp_path / "out" / "scan_seg.nii.gz").dataobj).T, other)
@@ -478,6 +479,10 @@ def test_killed(tmp_path, checkpoint, number):
     assert process.returncode != 0
     assert "Traceback" not in stderr
     done = {p.name for p in (tmp_path / "out").glob("*_seg.nii.gz")}
+    if number == signal.SIGKILL:                                                # the next prediction clears up after it
+        assert list((tmp_path / "out").glob(".*"))
+        assert predict.main([str(checkpoint), str(tmp_path / "in" / "00.nii"), "--out", str(tmp_path / "out")]) == 0
+        assert not list((tmp_path / "out").glob(".*"))
     assert 2 <= len(done) < 40
     for name in done:
         assert nib.load(tmp_path / "out" / name).get_fdata().max() == 3
