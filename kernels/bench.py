@@ -5,9 +5,10 @@ The losses of this folder, forward and backward, against plain torch, torch.comp
     python kernels/bench.py                                 # without CUDA: the references against each other
 
 What is timed: one call and its gradient for the student's logits, in a CUDA graph, so that Python's launches hide no
-kernel ("launch" in the column `method`: capture failed, and the launches are in the figure). Inputs and gradients
-rotate through three L2 caches of 60 MB; rows with cache=hot repeat one set that fits. A figure: a rotation's time
-over its number of sets; p20, p50, p80 over 50 rotations.
+kernel ("launch" in the column `method`: capture failed or was not tried, and the launches are in the figure). Inputs
+and gradients rotate through three L2 caches of 60 MB; rows with cache=hot repeat one set that fits, each gradient in
+the last one's place. A figure: a rotation's time over its number of sets; p20, p50, p80 over 50 rotations. A row
+without figures says in `method` why it has none. First come the rows of training (layout=training).
     gb_s     the bytes that our kernels move for this loss (see the docstrings), over p50: comparable between rows
     share    gb_s over the bandwidth of a device-to-device copy of 1 GB, measured in the same run (read + write counted)
     extra_mb peak memory beyond the inputs; gradient_mb what one gradient takes
@@ -19,12 +20,14 @@ import argparse
 import csv
 import datetime
 import functools
+import itertools
 import math
 import platform
 import statistics
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -35,6 +38,7 @@ from student_loss import student_loss, student_loss_reference
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+TRAINING = [(24, 4, 160, 160), (24, 4, 256, 256)]  # the default window, the paper's
 SHAPES = [(24, 4, 256, 256), (32, 4, 128, 128), (8, 9, 512, 512), (1, 4, 216, 256)]  # ours; a crop; CT; one slice
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TAU = 4.0
@@ -82,17 +86,19 @@ LOSSES = {  # name: (ours, reference, what its arguments are)
 }
 
 
-def make_inputs(kind, shape, dtype, device, channels_last=False):
-    """s is the leaf; uint8 labels; for student_loss the first half of the slices is labelled."""
+def make_inputs(kind, shape, dtype, device, layout="contiguous"):
+    """s is the leaf; uint8 labels; for student_loss the first half of the slices is labelled. layout: of all logits;
+    "training": s channels_last, as convolutions leave it, t and c contiguous, as they leave the loop's roll and cat."""
     n, c, h, w = shape
-    layout = torch.channels_last if channels_last else torch.contiguous_format
     out = []
     for name in kind:
         if name == "y":
             labeled = n if kind == "sy" else max(n // 2, 1)
             out.append(torch.randint(0, c, (labeled, h, w), device=device, dtype=torch.uint8))
         else:
-            x = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=layout)
+            last = layout == "channels_last" or (layout == "training" and name == "s")
+            form = torch.channels_last if last else torch.contiguous_format
+            x = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=form)
             out.append(x.requires_grad_(name == "s"))
     return out
 
@@ -146,8 +152,12 @@ def quantiles(seconds):
     return cuts[1] * 1e3, statistics.median(seconds) * 1e3, cuts[7] * 1e3
 
 
-def time_cuda(fn, sets, repeats=50):
+def time_cuda(fn, sets, hot=False, capture=True, repeats=50):
     """((p20, p50, p80) in ms per set, how)."""
+
+    def rotate():  # all gradients alive, so that they rotate too; hot: none, so that each lies where the last one lay
+        return deque((step(fn, args) for args in sets), maxlen=0 if hot else None)
+
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -155,14 +165,15 @@ def time_cuda(fn, sets, repeats=50):
             step(fn, args)  # compiles
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    replay, method = rotate, "launch"
     try:
-        with torch.cuda.graph(graph):
-            kept = [step(fn, args) for args in sets]  # noqa: F841  all alive, so that gradients rotate too
-        replay, method = graph.replay, "graph"
+        if capture:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream()):  # its own: a failed capture leaves it broken
+                kept = rotate()  # noqa: F841
+            replay, method = graph.replay, "graph"
     except RuntimeError:
         torch.cuda.synchronize()
-        replay, method = lambda: [step(fn, args) for args in sets], "launch"
     seconds = []
     for i in range(repeats + 5):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -208,21 +219,23 @@ def copy_bandwidth():
 
 
 def plan(cuda):
-    """(loss, implementation, shape, dtype, channels_last, hot): the large shape in full, the others in bf16."""
+    """(loss, implementation, shape, dtype, layout, hot): training, layouts, the large shape in full, others in bf16."""
     if not cuda:
         for loss in LOSSES:
-            yield from ((loss, "eager", SHAPES[1], d, False, False) for d in ("fp32", "bf16"))
-        yield "student_loss", "parts", SHAPES[1], "fp32", False, False
-        yield "student_loss", "parts", SHAPES[1], "bf16", False, False
+            yield from ((loss, "eager", SHAPES[1], d, "contiguous", False) for d in ("fp32", "bf16"))
+        yield from (("student_loss", "parts", SHAPES[1], d, "contiguous", False) for d in ("fp32", "bf16"))
         return
-    for shape in SHAPES:
-        for dtype in DTYPES if shape == SHAPES[0] else ("bf16",):
-            for loss in LOSSES:
-                extra = {"softmax_kl": ("liger",), "student_loss": ("parts",)}.get(loss, ())
-                yield from ((loss, i, shape, dtype, False, False) for i in ("ours", "eager", "compile", *extra))
+    names = {loss: ["ours", "eager", "compile"] for loss in LOSSES}
+    names["softmax_kl"].append("liger")
+    names["student_loss"].append("parts")
+    for shape, loss in itertools.product(TRAINING, ("student_loss", "dice_ce")):
+        yield from ((loss, i, shape, "bf16", "training", False) for i in names[loss])
     for loss in LOSSES:
-        yield from ((loss, i, SHAPES[0], "bf16", True, False) for i in ("ours", "eager"))
-        yield loss, "ours", SHAPES[1], "bf16", False, True
+        yield from ((loss, i, SHAPES[0], "bf16", "channels_last", False) for i in ("ours", "eager"))
+        yield loss, "ours", SHAPES[1], "bf16", "contiguous", True
+    for shape in SHAPES:
+        for dtype, loss in itertools.product(DTYPES if shape == SHAPES[0] else ("bf16",), LOSSES):
+            yield from ((loss, i, shape, dtype, "contiguous", False) for i in names[loss])
 
 
 def implementation(loss, name, cuda):
@@ -270,39 +283,39 @@ def main():
               f"eager {eager / u:.1f} in {kernels} kernels")  # fmt: skip
 
     failed = 0
-    for loss, name, shape, dtype, channels_last, hot in plan(cuda):
+    for loss, name, shape, dtype, layout, hot in plan(cuda):
         if time.perf_counter() - began > 60 * minutes:
             print(f"stopped after {minutes:g} minutes: the rest is not measured")
             break
         bytes_moved = moved(loss, shape, DTYPES[dtype].itemsize, dtype != "fp16")
         count = 1 if hot or not cuda else min(max(math.ceil(3 * L2 / bytes_moved), 2), 64)
         make = functools.partial(make_inputs, LOSSES[loss][2], shape, DTYPES[dtype], "cuda" if cuda else "cpu")
-        sets = [make(channels_last=channels_last) for _ in range(count)]
+        sets = [make(layout) for _ in range(count)]
         if hot:
             sets = sets * 16
-        try:  # one that is not installed, does not compile or wants too much memory: the others go on
-            fn = implementation(loss, name, cuda)
-            (p20, p50, p80), method = (time_cuda if cuda else time_cpu)(fn, sets)
-            extra = f"{peak_extra(fn, sets[0]) / 1e6:.1f}" if cuda else ""
-        except Exception as error:
-            absent = isinstance(error, ImportError)
-            failed += not absent
-            reason = f"{type(error).__name__} {' '.join(str(error).split())[:160]}"
-            print(f"{loss:12} {name:8} {'skipped' if absent else 'FAILED'}: {reason}", flush=True)
-            continue
-        gb_s = bytes_moved / p50 / 1e6
         row = {
             **header, "loss": loss, "implementation": name, "shape": "x".join(map(str, shape)), "dtype": dtype,
-            "layout": "channels_last" if channels_last else "contiguous", "cache": "hot" if hot else "cold",
-            "method": method, "p20_ms": f"{p20:.4f}", "p50_ms": f"{p50:.4f}", "p80_ms": f"{p80:.4f}",
-            "extra_mb": extra,
-            "gradient_mb": f"{sets[0][0].nbytes / 1e6:.1f}", "bytes_mb": f"{bytes_moved / 1e6:.1f}",
-            "gb_s": f"{gb_s:.1f}", "copy_gb_s": f"{copy:.0f}" if cuda else "",
-            "share": f"{gb_s / copy:.3f}" if cuda else "",
+            "layout": layout, "cache": "hot" if hot else "cold", "method": "", "p20_ms": "", "p50_ms": "", "p80_ms": "",
+            "extra_mb": "", "gradient_mb": f"{sets[0][0].nbytes / 1e6:.1f}", "bytes_mb": f"{bytes_moved / 1e6:.1f}",
+            "gb_s": "", "copy_gb_s": f"{copy:.0f}" if cuda else "", "share": "",
         }  # fmt: skip
+        try:  # one that is not installed, does not compile or wants too much memory: the others go on
+            fn = implementation(loss, name, cuda)
+            # Liger's backward waits for the device, which no capture can hold.
+            timed = time_cuda(fn, sets, hot, capture=name != "liger") if cuda else time_cpu(fn, sets)
+            (p20, p50, p80), row["method"] = timed
+            gb_s = bytes_moved / p50 / 1e6
+            row |= {"p20_ms": f"{p20:.4f}", "p50_ms": f"{p50:.4f}", "p80_ms": f"{p80:.4f}", "gb_s": f"{gb_s:.1f}"}
+            if cuda:
+                row |= {"extra_mb": f"{peak_extra(fn, sets[0]) / 1e6:.1f}", "share": f"{gb_s / copy:.3f}"}
+        except Exception as error:
+            reason = f"{type(error).__name__} {' '.join(str(error).split())[:160]}"
+            row["method"] = ("not installed: " if isinstance(error, ImportError) else "failed: ") + reason
+            failed += name not in ("compile", "liger")  # others' limits on this card are a result, ours are a fault
         columns = {"loss": 12, "implementation": 8, "shape": 14, "dtype": 5, "layout": 13, "cache": 4, "p20_ms": 9,
                    "p50_ms": 9, "p80_ms": 9, "extra_mb": 8, "gb_s": 8, "share": 6}  # fmt: skip
-        print(*(f"{row[k]:>{width}}" for k, width in columns.items()), flush=True)
+        line = " ".join(f"{row[k]:>{width}}" for k, width in columns.items())
+        print(line if row["p50_ms"] else f"{line}  {row['method']}", flush=True)
         if args.csv:
             args.csv.parent.mkdir(parents=True, exist_ok=True)
             with args.csv.open("a", newline="") as f:
