@@ -423,7 +423,7 @@ class Run:
 
     def __init__(self, cfg, resume):
         self.cfg, self.resume, self.folder, self.main = cfg, resume, Path(cfg.out), world()[0] == 0
-        self.stages = list_stages(cfg)
+        self.stages, self.resumed = list_stages(cfg), resume is not None
         self.device, self.slices = prepare(cfg)
         self.volumes = read_val(cfg.data)
         # A little more than was trained on: enough to hold every heart but the largest; far more costs a point of Dice.
@@ -438,19 +438,22 @@ class Run:
                 raise DataError(f"--data {cfg.data}: not the slices and volumes that {cfg.out} began with; give those")
         self.began, self.start_step, self.bar, self.asked = time.perf_counter(), self.done, None, []
         self.scores = resume["scores"] if resume else {}                            # of the last validation
-        self.initial = load_model(cfg.init, self.device)[0] if cfg.init and not resume else None
-        if self.initial:
-            self.compare_architectures()
+        self.initial = self.load_learner(cfg.init) if cfg.init and not resume else None
+        going = [stage for stage in self.stages if self.done < stage.end]
+        self.entered = self.enter(going[0]) if resume and going else None           # a state that does not fit: now
         self.about = self.describe()                         # now: the code may change while it runs
         given = [] if resume else [load_teacher(path, cfg) and Path(path) for path in cfg.teacher_ckpt]
         if self.main:
             self.open_folder(given)
 
-    def compare_architectures(self):
+    def load_learner(self, path):
+        """-> the weights of a checkpoint that the learner goes on from."""
+        net = load_model(path)[0]
         with torch.device("meta"):
             wanted = UNet(*shape_of(self.cfg)).architecture
-        if self.initial.architecture != wanted:
-            raise DataError(f"--init {self.cfg.init}: holds {self.initial.architecture}, not {wanted}")
+        if net.architecture != wanted:
+            raise DataError(f"{path}: holds {net.architecture}, which does not fit {wanted} (--init, --student)")
+        return net.state_dict()
 
     def describe(self):
         """What config.json tells of the run."""
@@ -460,7 +463,7 @@ class Run:
             versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
                           triton=getattr(sys.modules.get("triton"), "__version__", "")),
             labeled_patients=self.slices.patients, labeled_slices=self.slices.n_labeled, slices=len(self.slices.names))
-        if self.resume:
+        if self.resumed:
             with suppress(OSError, ValueError, KeyError, TypeError):                        # damaged: the resume alone
                 first = json.loads((self.folder / "config.json").read_bytes())["command"]
                 about["command"] = f"{first} && {about['command']}"
@@ -468,7 +471,7 @@ class Run:
 
     def open_folder(self, teachers):
         cfg = self.cfg
-        if not self.resume:
+        if not self.resumed:
             data_prep.write_atomic(self.folder / "config.json", (json.dumps(self.about, indent=1) + "\n").encode())
             for i, path in enumerate(teachers):                          # a copy: what answers are made from is saved
                 name = f"teacher-{i + 1}.pt" if i else "teacher.pt"
@@ -490,9 +493,9 @@ class Run:
             return dict(teacher=UNet(*cfg.teacher).to(self.device, **layout))
         learner = UNet(*shape_of(cfg)).to(self.device, **layout)
         if stage.number == 3 and any(s.number == 2 for s in self.stages):                # goes on from its best on val
-            learner.load_state_dict(load_model(self.folder / "best.pt")[0].state_dict())
+            learner.load_state_dict(self.load_learner(self.folder / "best.pt"))
         elif self.initial:
-            learner.load_state_dict(self.initial.state_dict())
+            learner.load_state_dict(self.initial)
         nets = {cfg.network: learner}
         if stage.number == 3 and cfg.method in ("mt", "act"):
             nets["coteacher"] = deepcopy(learner).eval().requires_grad_(False)
@@ -500,14 +503,19 @@ class Run:
             nets["teacher"] = UNet(*cfg.teacher).to(self.device, **layout)
         return nets
 
-    def learn(self, stage):
-        """The steps of a stage, from the run's step on. Returns whether it came to its end."""
+    def enter(self, stage):
+        """-> the stage's ActNet, as the run's step left it or as the stage begins."""
         distributed.barrier()                                                # what the first process wrote is there
         nets = self.networks(stage)
         actnet = ActNet(self.cfg, self.device, stage, nets, self.slices.noise)
         if self.resume and (self.done > stage.start or self.done == 0):                  # otherwise it begins here
             models.restore(self.resume, nets, actnet.optimizer if self.done else None, self.cfg.out)
         self.resume = None                                                                # gigabytes, perhaps
+        return actnet
+
+    def learn(self, stage):
+        """The steps of a stage, from the run's step on. Returns whether it came to its end."""
+        actnet, self.entered = self.entered or self.enter(stage), None
         self.slices.begin(stage)
         cuts = [stage.start, stage.end]
         if stage.number == 3:
@@ -531,6 +539,7 @@ class Run:
         if self.main and self.done == 0:
             self.save(actnet)                                                     # so that a run stopped here goes on
         nets = [load_teacher(path, cfg) for path in sorted(self.folder.glob("teacher*.pt"))]
+        data_prep.require(nets, self.folder / "teacher.pt", "absent, and it answers in co-teaching", "put it back")
         if begin > actnet.stage.start and "coteacher" in actnet.nets:
             if self.main and self.done == begin:
                 save_checkpoint(renewal, self.content({"coteacher": actnet.nets["coteacher"]}))
@@ -710,8 +719,8 @@ def step_cost(cfg, stage):
 
 def train(cfg, resume=None):
     """One run: the teacher from the labels, the student from the labels, co-teaching. Returns its folder."""
+    costs = [(stage, round(1e6 * step_cost(cfg, stage))) for stage in list_stages(cfg)]
     run = Run(cfg, resume)
-    costs = [(stage, round(1e6 * step_cost(cfg, stage))) for stage in run.stages]
     past = sum(min(stage.steps, max(0, run.done - stage.start)) * cost for stage, cost in costs)
     total = sum(stage.steps * cost for stage, cost in costs)
     style = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"                    # by arithmetic, not by steps

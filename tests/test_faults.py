@@ -44,8 +44,8 @@ import evaluate
 import phantom
 import train_actnet
 from data_prep import DataError
-from models import UNet, load_checkpoint, save_checkpoint
-from train_actnet import Config, load_last
+from models import UNet, load_checkpoint, load_last, save_checkpoint
+from train_actnet import Config
 
 ROOT = Path(train_actnet.__file__).resolve().parent
 FULL = os.environ.get("FAULTS") == "full"
@@ -128,7 +128,7 @@ def work(module, argv, writer, fault, curves):
     if fault:
         fault()
     if not curves:                                                                   # a third of a second each
-        train_actnet.draw_curves = lambda run: None
+        evaluate.draw_curves = lambda log, png: None
     sys.exit(sys.modules[module].main([str(a) for a in argv]))
 
 
@@ -150,7 +150,7 @@ class Child:
             self.process.kill()
             raise Hang
         text = b"".join(iter(lambda: os.read(self.reader.fileno(), 1 << 16), b"")).decode()
-        return self.process.exitcode, "\n".join(line for line in text.splitlines() if "step/s" not in line and line)
+        return self.process.exitcode, "\n".join(line for line in text.splitlines() if "%|" not in line and line)
 
 
 def die_at(n):
@@ -225,7 +225,7 @@ def read_log(run):
 
 # ------------------------------------------------------------------------------------------------- kills of a run
 
-LONG = ("--iters", "60", "--val-every", "7")
+LONG = ("--iters", "60", "--val-every", "7", "--rounds", "2")
 
 
 @pytest.fixture(scope="session")
@@ -307,9 +307,31 @@ def test_sigterm_to_the_whole_process_group(data, tmp_path):
     assert re.match(r"stopped at step \d+ \(SIGTERM\)", text.splitlines()[-1])
 
 
+def die_asking(n):
+    """SIGKILL, or with -n SIGTERM, in the n-th question to the teachers: sixteen slices each."""
+    calls, real = itertools.count(1), train_actnet.ask
+
+    def counted(*args):
+        if next(calls) == abs(n):
+            os.kill(os.getpid(), signal.SIGKILL if n > 0 else signal.SIGTERM)
+        return real(*args)
+    train_actnet.ask = counted
+
+
+@pytest.mark.parametrize("n", [1, 2, -1, -2])
+def test_a_run_stopped_while_answers_are_made_equals_the_unbroken_one(server, data, unbroken, tmp_path, n):
+    """The first questions are the first round's, to the teacher; the second's are to teacher and co-teacher."""
+    run = tmp_path / "run"
+    code, text = go_on(server, data, run, partial(die_asking, n)).end()
+    assert code == (0 if n < 0 else -signal.SIGKILL), text
+    assert ("stopped at step" in text) == (n < 0)
+    assert go_on(server, data, run).end()[0] == 0
+    assert fingerprint(run) == unbroken
+
+
 @pytest.fixture(scope="session")
 def finished(server, data, tmp_path_factory):
-    """A run of 4 steps with checkpoints of step 4 (last.pt) and 2 (previous.pt)."""
+    """A run of 4 steps: teacher 1, student 2, co-teaching 1; checkpoints of step 4 (last.pt) and 3 (previous.pt)."""
     run = tmp_path_factory.mktemp("finished") / "run"
     assert Child(server, "train_actnet", arguments(data, run, "--iters", 4)).end()[0] == 0
     return run
@@ -337,7 +359,7 @@ def test_killed_at_every_fsync_and_rename(server, finished, tmp_path, damaged):
 
     whole, code, text = go("whole")
     assert code == 0, text
-    assert ("Going on from previous.pt, step 2" in text) == damaged
+    assert ("Going on from previous.pt, step 3" in text) == damaged
     killed = 0
     for n in itertools.count(1) if FULL else SAMPLE[damaged]:
         run, code, text = go(str(n), partial(die_at, n))
@@ -430,13 +452,13 @@ def flags():
         on = torch.are_deterministic_algorithms_enabled()
         print("flags", on, torch.backends.cudnn.benchmark, os.environ.get("CUBLAS_WORKSPACE_CONFIG"), flush=True)
         return real(*args)
-    real, train_actnet.describe = train_actnet.describe, describe
+    real, train_actnet.describe_commit = train_actnet.describe_commit, describe
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
 def test_deterministic_sets_what_torch_needs(server, data, tmp_path):
     for more, expected in (["--deterministic"], "flags True False :4096:8"), ([], "flags False True None"):
-        code, text = Child(server, "train_actnet", arguments(data, tmp_path / str(len(more)), "--iters", 1, *more),
+        code, text = Child(server, "train_actnet", arguments(data, tmp_path / str(len(more)), "--iters", 3, *more),
                            flags).end()
         assert code == 0, text
         assert expected in text.splitlines()
@@ -489,7 +511,7 @@ BAD_LAST = {
     "config of other types": (changed(config__batch="many"), ("--batch", "many")),
     "config with NaN": (changed(config__lr=math.nan), ("--lr", "nan")),
     "no config": (changed(config=None), ("config",)),
-    "other widths": (changed(config__student=(2, 5)), ("fit", "size mismatch")),
+    "other widths": (changed(config__student=(2, 5)), ("best.pt", "fit")),
     "a network less": (without("networks", "coteacher"), ("fit", "coteacher")),
     "no optimiser": (changed(optimizer={}), ("fit",)),
     "optimiser of nothing": (changed(optimizer__state={}), ("fit", "optimiser")),
@@ -511,8 +533,11 @@ def test_resume_refuses_in_one_line(run, capfd, name):
 def test_resume_refuses_a_changed_option_by_name(run, capsys, field):
     saved = load_checkpoint(run / "last.pt")["config"][field]
     f = next(f for f in fields(Config) if f.name == field)
-    other = {bool: [], int: [saved + 1] if isinstance(saved, int) else 0, float: [0.123], str: ["elsewhere"],
-             tuple: [3, 4]}[type(f.default)]
+    if isinstance(f.default, tuple):
+        other = [3, 4, 5][:len(f.default)] or ["elsewhere"]
+    else:
+        other = {bool: [], int: [saved + 1 if isinstance(saved, int) else 0], float: [0.123], str: ["elsewhere"]}
+        other = other[type(f.default)]
     if f.metadata["choices"]:
         other = [next(c for c in f.metadata["choices"] if c != saved)]
     assert main("--resume", run, "--iters", 8, "--" + field.replace("_", "-"), *other) == 2
@@ -553,7 +578,7 @@ TORN = {
     "empty": lambda p: p.write_bytes(b""),
     "binary": lambda p: p.write_bytes(random.Random(0).randbytes(5000)),
     "half a header": lambda p: p.write_bytes(p.read_bytes()[:20]),
-    "rows with text": lambda p: p.write_bytes(p.read_bytes() + b"2,a" + b"," * 10 + b"\n"),
+    "rows with text": lambda p: p.write_bytes(p.read_bytes() + b"2,a" + b"," * 12 + b"\n"),
 }
 
 
@@ -568,10 +593,10 @@ def test_names_with_spaces_and_unicode(data, tmp_path, capsys):
     """And the command that a stopped run prints is the one that goes on."""
     shutil.copytree(data, tmp_path / "données 心")
     run = tmp_path / "my run's ✓ 心"
-    assert main(*arguments(tmp_path / "données 心", run, "--minutes", 1e-9)) == 0
+    assert main(*arguments(tmp_path / "données 心", run, "--minutes", 1e-9, "--iters", 3)) == 0
     command = shlex.split(capsys.readouterr().out.splitlines()[-1].split("go on with: ")[1])
     assert command[1:] == ["train_actnet.py", "--resume", str(run)]
-    assert main(*command[2:], "--minutes", 0, "--iters", 3) == 0
+    assert main(*command[2:], "--minutes", 0) == 0
     assert load_checkpoint(run / "last.pt")["step"] == 3
 
 
@@ -902,7 +927,7 @@ def test_help_fits_a_screen_in_groups_and_shows_defaults(terminal, monkeypatch, 
         assert call(script, "--help") == 0
     text = capsys.readouterr().out
     lines = text.splitlines()
-    assert len(lines) <= 48
+    assert len(lines) <= 54
     assert max(map(len, lines)) <= 120
     defaults = {"data_prep.py": ["data/ACDC", "one per core"], "evaluate.py": ["test"],
                 "phantom.py": ["data/phantom/raw", "20", "0", "one per core"],
@@ -925,12 +950,13 @@ def wrong_options():
         yield "evaluate.py", ["best.pt", option, value], option
     for option in ("--predict", "--onnx", "--time"):
         yield "evaluate.py", ["best.pt", option, "x"], "predict.py does this: python predict.py CKPT PATH..."
-    for argv, word in (([], "CHECKPOINT"), (["x"], "PATH"), (["x", "y", "--time"], "one of"), (["x", "--gpu", "y"], "y")):
+    for argv, word in (([], "CHECKPOINT"), (["x"], "PATH"), (["x", "y", "--time"], "one of"),
+                       (["x", "--gpu", "y"], "y")):
         yield "predict.py", argv, word
     for option in ("preset", "resume"):
         yield "train_actnet.py", [f"--{option}"], f"--{option}"
     yield "train_actnet.py", ["--cpu", "--gpu", "0"], "--gpu"
-    yield "train_actnet.py", ["--bench", "0"], "--bench"
+    yield "train_actnet.py", ["--bench"], "tests.bench_step"
     yield "train_actnet.py", ["--teacher-ckpt", "t.pt", "--method", "sup"], "--teacher-ckpt"
     yield "train_actnet.py", ["--student", "6", "4", "--size", "32"], "--size"
     for f in fields(Config):
@@ -938,7 +964,7 @@ def wrong_options():
         values = {bool: [], int: ["x", "", "1.5", "nan", "-7", str(10**30)], str: [],
                   float: ["x", "", "nan", "inf", "-inf", "-7", "1e400"],
                   tuple: [("4",), ("4", "x"), ("0", "4"), ("2", "0"), ("40", "4"), ("-1", "-1"), (str(10**9), "1")]}
-        for value in values[type(f.default)]:
+        for value in values[type(f.default)] if f.default != () else []:                      # any name is a name
             value = (value,) if isinstance(value, str) else value
             yield "train_actnet.py", [option, *value] if len(value) > 1 else [f"{option}={value[0]}"], option
         if f.metadata["choices"]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo  # it reads torch.Generator, which must still be the true one
-from test_train import SMALL, config, data  # noqa: F401
+from test_train import SMALL, config, data, last_stage  # noqa: F401
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 import evaluate
 import models
 import train_actnet
-from train_actnet import ActNet, Slices, main
+from train_actnet import main
 
 ROOT = Path(__file__).parent.parent
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -134,13 +134,12 @@ def test_mixing_and_waiting_are_seen(gpu):
 @pytest.mark.filterwarnings("ignore:User provided device_type")
 @pytest.mark.parametrize("changes", [
     {}, {"cache": "ram"}, {"cache": "disk"}, {"method": "sup"}, {"method": "mt"}, {"method": "kd"},
+    {"teacher_along": True}, {"method": "kd", "teacher_along": True},
     {"view": "whole", "optimizer": "sgd", "consistency": "mse", "distill": "mse", "dice": "squared"},
-], ids=lambda changes: "-".join(changes.values()) or "act")
+], ids=lambda changes: "-".join(map(str, changes.values())) or "act")
 def test_a_step_stays_on_the_gpu_and_never_waits(data, gpu, changes):  # noqa: F811
-    cfg = config(data, student=(2, 4), teacher=(2, 8), **changes)
     with gpu:
-        slices = Slices(cfg, GPU)
-        act = ActNet(cfg, GPU, slices)
+        slices, act = last_stage(config(data, **changes), GPU)
         assert all(gpu.holds(v) for net in act.nets.values() for v in net.state_dict().values())
         gpu.waits.clear()
         for step in range(2):
