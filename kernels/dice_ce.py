@@ -18,7 +18,8 @@ Bytes. Let U be the logits and L the labels. Dice couples all pixels, so two pas
     eager     46 U in fp32 with uint8 labels (55 kernels, half of them tiny), 98 U in bf16
 Labels of uint8 weigh an eighth of int64. Incoming gradients are multiplied in fp32 before the cast, so an fp16 gradient
 (a mean over 24*256*256 pixels: below 1e-7, where fp16 ends at 6e-8) keeps its digits under a loss scale.
-16-byte loads and what becomes of them when H*W is not divisible by 16: as in softmax_kl.py.
+16-byte loads and what becomes of them when H*W is not divisible by 16: as in softmax_kl.py; but channels_last of four
+half-type classes is as fast: two pixels of 8 bytes in one load or store.
 No atomics: each program adds its blocks in order, the partial sums are added in order, two runs agree bit for bit.
 """
 
@@ -40,42 +41,59 @@ PROGRAMS = 768  # of the first pass: what an H100 keeps resident in fp32, six pe
 if triton is not None:
 
     @triton.jit
-    def _pixel_ptrs(ptr, n, pixel, W, stride_n, stride_h, stride_w, FLAT: tl.constexpr):
+    def _pixel_ptrs(ptr, n, pixel, W, stride_n, stride_h, stride_w, FLAT: tl.constexpr, WORDS: tl.constexpr = False):
         """Addresses at the pixels of slice n (int64), class 0. FLAT: rows follow each other, no division needed."""
-        if FLAT:
+        if WORDS:  # a pixel is one int64, see `_words`
+            return (ptr + n * stride_n).to(tl.pointer_type(tl.int64), bitcast=True) + pixel
+        elif FLAT:
             return ptr + n * stride_n + pixel.to(tl.int64) * stride_w
         else:
             return ptr + n * stride_n + (pixel // W).to(tl.int64) * stride_h + (pixel % W).to(tl.int64) * stride_w
 
     @triton.jit
-    def _load_shifted(ptrs, stride_c, mask, C: tl.constexpr):
+    def _load_shifted(ptr, strides, n, pixel, W, mask, C: tl.constexpr, FLAT: tl.constexpr, WORDS: tl.constexpr):
         """C vectors of logit - the pixel's largest: in this order logits of 1e4 keep their digits."""
-        x = ()
-        for _ in tl.static_range(C):
-            x = x + (tl.load(ptrs, mask=mask, other=0.0).to(tl.float32),)
-            ptrs += stride_c  # walks from class to class, so no c * stride can overflow
-        top = x[0]
-        for c in tl.static_range(1, C):
-            top = tl.maximum(top, x[c])
-        out = ()
+        ptrs = _pixel_ptrs(ptr, n, pixel, W, strides[0], strides[2], strides[3], FLAT, WORDS)
+        word = tl.load(ptrs, mask=mask, other=0) if WORDS else 0
+        x, z, top = (), (), None
         for c in tl.static_range(C):
-            out = out + (x[c] - top,)
-        return out
+            if WORDS:
+                x = x + ((word >> 16 * c).to(tl.int16).to(ptr.dtype.element_ty, bitcast=True).to(tl.float32),)
+            else:
+                x = x + (tl.load(ptrs, mask=mask, other=0.0).to(tl.float32),)
+                ptrs += strides[1]  # walks from class to class, so no c * stride can overflow
+            top = x[0] if c == 0 else tl.maximum(top, x[c])
+        for c in tl.static_range(C):
+            z = z + (x[c] - top,)
+        return z
+
+    @triton.jit
+    def _store(x, ptr, strides, n, pixel, W, mask, C: tl.constexpr, FLAT: tl.constexpr, WORDS: tl.constexpr):
+        """C vectors to where `_load_shifted` would read them."""
+        ptrs = _pixel_ptrs(ptr, n, pixel, W, strides[0], strides[2], strides[3], FLAT, WORDS)
+        word = tl.zeros(mask.shape, tl.int64)
+        for c in tl.static_range(C):
+            if WORDS:
+                word |= x[c].to(ptr.dtype.element_ty).to(tl.uint16, bitcast=True).to(tl.int64) << 16 * c
+            else:
+                tl.store(ptrs, x[c].to(ptr.dtype.element_ty), mask=mask)
+                ptrs += strides[1]
+        if WORDS:
+            tl.store(ptrs, word, mask=mask)
 
     @triton.jit
     def _exp(z, C: tl.constexpr):
         """C vectors of exp(z_c), and their sum."""
-        e = (tl.exp(z[0]),)
-        total = e[0]
-        for c in tl.static_range(1, C):
+        e, total = (), None
+        for c in tl.static_range(C):
             e = e + (tl.exp(z[c]),)
-            total += e[c]
+            total = e[0] if c == 0 else total + e[c]
         return e, total
 
     @triton.jit
-    def _thread_sum(x, VEC: tl.constexpr):
-        """Adds the VEC neighbours that one thread holds: no exchange, and an accumulator takes 1 register, not VEC."""
-        return tl.sum(tl.reshape(x, (x.shape[0] // VEC, VEC)), axis=1)
+    def _thread_sum(x):
+        """Adds the neighbours that each of the 128 threads holds: no exchange, and one register per accumulator."""
+        return tl.sum(tl.reshape(x, (128, x.shape[0] // 128)), axis=1)
 
     @triton.jit
     def _sums_kernel(
@@ -90,21 +108,17 @@ if triton is not None:
         # numbers
         ignore,
         # constants
-        C: tl.constexpr, SQUARED: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
+        C: tl.constexpr, SQUARED: tl.constexpr, FLAT: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
     ):
         pid = tl.program_id(0)
-        zero = tl.zeros((BLOCK // VEC,), tl.float32)
-        acc = (zero,)
-        for _ in tl.static_range(3 * C):
-            acc = acc + (zero,)
-        block = pid
-        while block < total_blocks:
+        acc = (tl.zeros((128,), tl.float32),) * (3 * C + 1)
+        for block in range(pid, total_blocks, programs):
             n = (block // blocks).to(tl.int64)
             pixel = (block % blocks) * BLOCK + tl.arange(0, BLOCK)
             mask = pixel < HW
             y = tl.load(_pixel_ptrs(y_ptr, n, pixel, W, y_n, y_h, y_w, FLAT), mask=mask, other=0).to(tl.int32)
             keep = mask & (y != ignore)
-            z = _load_shifted(_pixel_ptrs(z_ptr, n, pixel, W, z_n, z_h, z_w, FLAT), z_c, mask, C)
+            z = _load_shifted(z_ptr, (z_n, z_c, z_h, z_w), n, pixel, W, mask, C, FLAT, WORDS)
             e, total = _exp(z, C)
             inv_total, log_total = 1.0 / total, tl.log(total)
             nll = tl.where(keep, float("nan"), 0.0)  # a label that is no class stays NaN: seen without a host sync
@@ -114,12 +128,11 @@ if triton is not None:
                 hit = keep & (y == c)
                 nll = tl.where(hit, log_total - z[c], nll)
                 new = new + (
-                    acc[3 * c] + _thread_sum(tl.where(hit, p, 0.0), VEC),
-                    acc[3 * c + 1] + _thread_sum(p * p if SQUARED else p, VEC),
-                    acc[3 * c + 2] + _thread_sum(hit.to(tl.float32), VEC),
+                    acc[3 * c] + _thread_sum(tl.where(hit, p, 0.0)),
+                    acc[3 * c + 1] + _thread_sum(p * p if SQUARED else p),
+                    acc[3 * c + 2] + _thread_sum(hit.to(tl.float32)),
                 )
-            acc = new + (acc[3 * C] + _thread_sum(nll, VEC),)
-            block += programs
+            acc = new + (acc[3 * C] + _thread_sum(nll),)
         for k in tl.static_range(3 * C + 1):
             tl.store(part_ptr + k * programs + pid, tl.sum(acc[k]))
 
@@ -133,8 +146,7 @@ if triton is not None:
     ):  # fmt: skip
         i = tl.arange(0, LANES)
         mask = i < programs
-        dice = 0.0
-        count = 0.0
+        dice, count = 0.0, 0.0
         for c in tl.static_range(C):
             row = part_ptr + 3 * c * programs + i
             inter = tl.sum(tl.load(row, mask=mask, other=0.0))
@@ -170,7 +182,7 @@ if triton is not None:
         # numbers
         ignore,
         # constants
-        C: tl.constexpr, SQUARED: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
+        C: tl.constexpr, SQUARED: tl.constexpr, FLAT: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
     ):
         pid = tl.program_id(0)
         n = (pid // blocks).to(tl.int64)
@@ -178,12 +190,12 @@ if triton is not None:
         mask = pixel < HW
         y = tl.load(_pixel_ptrs(y_ptr, n, pixel, W, y_n, y_h, y_w, FLAT), mask=mask, other=0).to(tl.int32)
         keep = mask & (y != ignore)
-        z = _load_shifted(_pixel_ptrs(z_ptr, n, pixel, W, z_n, z_h, z_w, FLAT), z_c, mask, C)
+        z = _load_shifted(z_ptr, (z_n, z_c, z_h, z_w), n, pixel, W, mask, C, FLAT, WORDS)
         e, total = _exp(z, C)
         inv_total = 1.0 / total
         up_dice = tl.load(up_dice_ptr)
         up_ce = tl.load(up_ce_ptr) * tl.load(coef_ptr + 2 * C)
-        p, a = (), ()
+        p, a, grad = (), (), ()
         dot = tl.zeros((BLOCK,), tl.float32)
         for c in tl.static_range(C):
             pc = e[c] * inv_total
@@ -192,27 +204,33 @@ if triton is not None:
             ac = tl.where(y == c, on_label, 0.0) + on_prob * (2.0 * pc if SQUARED else 1.0)
             p, a = p + (pc,), a + (ac,)
             dot += ac * pc
-        ptrs = _pixel_ptrs(g_ptr, n, pixel, W, g_n, g_h, g_w, FLAT)
         for c in tl.static_range(C):
-            grad = p[c] * (a[c] - dot) + up_ce * (p[c] - tl.where(y == c, 1.0, 0.0))
-            tl.store(ptrs, tl.where(keep, grad, 0.0).to(g_ptr.dtype.element_ty), mask=mask)
-            ptrs += g_c
+            gc = p[c] * (a[c] - dot) + up_ce * (p[c] - tl.where(y == c, 1.0, 0.0))
+            grad = grad + (tl.where(keep, gc, 0.0),)
+        _store(grad, g_ptr, (g_n, g_c, g_h, g_w), n, pixel, W, mask, C, FLAT, WORDS)
 
 
-def _geometry(logits, *others):
-    """Vector width, pixels per block, blocks per slice, and whether every tensor's rows follow each other."""
-    _, c, h, w = logits.shape
-    # Four warps, 16 bytes per thread and load: 4 pixels of fp32, 8 of the half types; fewer where registers run out.
-    vec = 16 // logits.element_size() if c <= 4 else 4 if c <= 8 else 2
-    flat = h == 1 or all(x.stride(-2) == w * x.stride(-1) for x in (logits, *others))
-    return vec, 128 * vec, -(-h * w // (128 * vec)), flat
+def _words(*tensors):
+    """Whether each pixel is an aligned word of 8 bytes, 4 classes of a half type, and the next pixel the next word."""
+    given = [x for x in tensors if x is not None]
+    dense = all(x.shape[1] == 4 and x.element_size() == 2 and x.stride()[1:] == (1, 4 * x.shape[3], 4) for x in given)
+    return dense and all((x.data_ptr() | 2 * x.stride(0)) % 8 == 0 for x in given)
+
+
+def _geometry(vec, *tensors):
+    """Pixels per block, blocks per slice, and whether every tensor's rows follow each other."""
+    _, c, h, w = tensors[0].shape
+    vec = vec if c <= 4 else 4 if c <= 8 else 2  # fewer where registers run out; four warps throughout
+    flat = h == 1 or all(x.stride(-2) == w * x.stride(-1) for x in tensors if x is not None)
+    return 128 * vec, -(-h * w // (128 * vec)), flat
 
 
 class _DiceCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target, smooth, squared, first, ignore):
         n, c, h, w = logits.shape
-        vec, block, blocks, flat = _geometry(logits, target)
+        words = _words(logits)  # 16 bytes per load
+        block, blocks, flat = _geometry(4 if words else 16 // logits.element_size(), logits, target)
         programs = min(n * blocks, PROGRAMS)
         part = logits.new_empty((3 * c + 1, programs), dtype=torch.float32)
         dice, ce = (logits.new_empty((), dtype=torch.float32) for _ in range(2))
@@ -222,7 +240,7 @@ class _DiceCE(torch.autograd.Function):
             _sums_kernel[(programs,)](
                 logits, target, part, h * w, w, blocks, n * blocks, programs,
                 *logits.stride(), *target.stride(), ignore,
-                C=c, SQUARED=squared, FLAT=flat, BLOCK=block, VEC=vec, num_warps=4, enable_fp_fusion=False,
+                C=c, SQUARED=squared, FLAT=flat, WORDS=words, BLOCK=block, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
             _finish_kernel[(1,)](
                 part, dice, ce, coef, programs, smooth,
@@ -239,12 +257,13 @@ class _DiceCE(torch.autograd.Function):
         squared, ignore = ctx.args
         n, c, h, w = logits.shape
         grad = torch.empty_like(logits)
-        _, block, blocks, flat = _geometry(logits, target, grad)
+        words = _words(logits, grad)
+        block, blocks, flat = _geometry(2 if words else 16 // logits.element_size(), logits, target, grad)
         with torch.cuda.device_of(logits):
             _grad_kernel[(n * blocks,)](
                 logits, target, grad, coef, up_dice, up_ce, h * w, w, blocks,
                 *logits.stride(), *target.stride(), *grad.stride(), ignore,
-                C=c, SQUARED=squared, FLAT=flat, BLOCK=block, num_warps=4, enable_fp_fusion=False,
+                C=c, SQUARED=squared, FLAT=flat, WORDS=words, BLOCK=block, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
         return grad, None, None, None, None, None
 

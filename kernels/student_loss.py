@@ -26,8 +26,8 @@ compares them, on the device, with those that arrive: nothing to do, or all of i
     eager                    89 kernels                                                                 71 U
 Peak beyond the inputs: one gradient. fp16 is never guessed, as a loss scaler's factor is not 1; incoming gradients are
 multiplied in fp32 before the cast, so what is near 1e-7 keeps its digits under a loss scale. No atomics, fixed order of
-every sum: two runs agree bit for bit. Loads take 16 bytes where H*W is divisible by 16 (first
-pass C <= 4, fp32 C <= 8; half types in the second pass 8 bytes, for want of registers).
+every sum: two runs agree bit for bit. Loads of NCHW logits take 16 bytes where H*W is divisible by 16 (C <= 4, fp32
+C <= 8; half types 8 in the second pass); channels_last of 4 half-type classes likewise, two pixels of 8 bytes at once.
 """
 
 import functools
@@ -48,42 +48,59 @@ PROGRAMS = 768  # of the first pass: what an H100 keeps resident in fp32, six pe
 if triton is not None:
 
     @triton.jit
-    def _pixel_ptrs(ptr, n, pixel, W, stride_n, stride_h, stride_w, FLAT: tl.constexpr):
+    def _pixel_ptrs(ptr, n, pixel, W, stride_n, stride_h, stride_w, FLAT: tl.constexpr, WORDS: tl.constexpr = False):
         """Addresses at the pixels of slice n (int64), class 0. FLAT: rows follow each other, no division needed."""
-        if FLAT:
+        if WORDS:  # a pixel is one int64, see `_words`
+            return (ptr + n * stride_n).to(tl.pointer_type(tl.int64), bitcast=True) + pixel
+        elif FLAT:
             return ptr + n * stride_n + pixel.to(tl.int64) * stride_w
         else:
             return ptr + n * stride_n + (pixel // W).to(tl.int64) * stride_h + (pixel % W).to(tl.int64) * stride_w
 
     @triton.jit
-    def _load_shifted(ptrs, stride_c, mask, C: tl.constexpr):
+    def _load_shifted(ptr, strides, n, pixel, W, mask, C: tl.constexpr, FLAT: tl.constexpr, WORDS: tl.constexpr):
         """C vectors of logit - the pixel's largest: in this order logits of 1e4 keep their digits."""
-        x = ()
-        for _ in tl.static_range(C):
-            x = x + (tl.load(ptrs, mask=mask, other=0.0).to(tl.float32),)
-            ptrs += stride_c  # walks from class to class, so no c * stride can overflow
-        top = x[0]
-        for c in tl.static_range(1, C):
-            top = tl.maximum(top, x[c])
-        out = ()
+        ptrs = _pixel_ptrs(ptr, n, pixel, W, strides[0], strides[2], strides[3], FLAT, WORDS)
+        word = tl.load(ptrs, mask=mask, other=0) if WORDS else 0
+        x, z, top = (), (), None
         for c in tl.static_range(C):
-            out = out + (x[c] - top,)
-        return out
+            if WORDS:
+                x = x + ((word >> 16 * c).to(tl.int16).to(ptr.dtype.element_ty, bitcast=True).to(tl.float32),)
+            else:
+                x = x + (tl.load(ptrs, mask=mask, other=0.0).to(tl.float32),)
+                ptrs += strides[1]  # walks from class to class, so no c * stride can overflow
+            top = x[0] if c == 0 else tl.maximum(top, x[c])
+        for c in tl.static_range(C):
+            z = z + (x[c] - top,)
+        return z
+
+    @triton.jit
+    def _store(x, ptr, strides, n, pixel, W, mask, C: tl.constexpr, FLAT: tl.constexpr, WORDS: tl.constexpr):
+        """C vectors to where `_load_shifted` would read them."""
+        ptrs = _pixel_ptrs(ptr, n, pixel, W, strides[0], strides[2], strides[3], FLAT, WORDS)
+        word = tl.zeros(mask.shape, tl.int64)
+        for c in tl.static_range(C):
+            if WORDS:
+                word |= x[c].to(ptr.dtype.element_ty).to(tl.uint16, bitcast=True).to(tl.int64) << 16 * c
+            else:
+                tl.store(ptrs, x[c].to(ptr.dtype.element_ty), mask=mask)
+                ptrs += strides[1]
+        if WORDS:
+            tl.store(ptrs, word, mask=mask)
 
     @triton.jit
     def _exp(z, inv_tau, C: tl.constexpr):
         """C vectors of exp(z_c / tau), and their sum."""
-        e = (tl.exp(z[0] * inv_tau),)
-        total = e[0]
-        for c in tl.static_range(1, C):
+        e, total = (), None
+        for c in tl.static_range(C):
             e = e + (tl.exp(z[c] * inv_tau),)
-            total += e[c]
+            total = e[0] if c == 0 else total + e[c]
         return e, total
 
     @triton.jit
-    def _thread_sum(x, VEC: tl.constexpr):
-        """Adds the VEC neighbours that one thread holds: no exchange, and an accumulator takes 1 register, not VEC."""
-        return tl.sum(tl.reshape(x, (x.shape[0] // VEC, VEC)), axis=1)
+    def _thread_sum(x):
+        """Adds the neighbours that each of the 128 threads holds: no exchange, and one register per accumulator."""
+        return tl.sum(tl.reshape(x, (128, x.shape[0] // 128)), axis=1)
 
     @triton.jit
     def _sums_kernel(
@@ -98,21 +115,17 @@ if triton is not None:
         # numbers
         ignore,
         # constants
-        C: tl.constexpr, SQUARED: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
+        C: tl.constexpr, SQUARED: tl.constexpr, FLAT: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
     ):
         pid = tl.program_id(0)
-        zero = tl.zeros((BLOCK // VEC,), tl.float32)
-        acc = (zero,)
-        for _ in tl.static_range(3 * C):
-            acc = acc + (zero,)
-        block = pid
-        while block < total_blocks:
+        acc = (tl.zeros((128,), tl.float32),) * (3 * C + 1)
+        for block in range(pid, total_blocks, programs):
             n = (block // blocks).to(tl.int64)
             pixel = (block % blocks) * BLOCK + tl.arange(0, BLOCK)
             mask = pixel < HW
             y = tl.load(_pixel_ptrs(y_ptr, n, pixel, W, y_n, y_h, y_w, FLAT), mask=mask, other=0).to(tl.int32)
             keep = mask & (y != ignore)
-            z = _load_shifted(_pixel_ptrs(s_ptr, n, pixel, W, s_n, s_h, s_w, FLAT), s_c, mask, C)
+            z = _load_shifted(s_ptr, (s_n, s_c, s_h, s_w), n, pixel, W, mask, C, FLAT, WORDS)
             e, total = _exp(z, 1.0, C)
             inv_total, log_total = 1.0 / total, tl.log(total)
             nll = tl.where(keep, float("nan"), 0.0)  # a label that is no class stays NaN: seen without a host sync
@@ -122,12 +135,11 @@ if triton is not None:
                 hit = keep & (y == c)
                 nll = tl.where(hit, log_total - z[c], nll)
                 new = new + (
-                    acc[3 * c] + _thread_sum(tl.where(hit, p, 0.0), VEC),
-                    acc[3 * c + 1] + _thread_sum(p * p if SQUARED else p, VEC),
-                    acc[3 * c + 2] + _thread_sum(hit.to(tl.float32), VEC),
+                    acc[3 * c] + _thread_sum(tl.where(hit, p, 0.0)),
+                    acc[3 * c + 1] + _thread_sum(p * p if SQUARED else p),
+                    acc[3 * c + 2] + _thread_sum(hit.to(tl.float32)),
                 )
-            acc = new + (acc[3 * C] + _thread_sum(nll, VEC),)
-            block += programs
+            acc = new + (acc[3 * C] + _thread_sum(nll),)
         for k in tl.static_range(3 * C + 1):
             tl.store(part_ptr + k * programs + pid, tl.sum(acc[k]))
 
@@ -141,8 +153,7 @@ if triton is not None:
     ):  # fmt: skip
         i = tl.arange(0, LANES)
         mask = i < programs
-        dice = 0.0
-        count = 0.0
+        dice, count = 0.0, 0.0
         for c in tl.static_range(C):
             row = part_ptr + 3 * c * programs + i
             inter = tl.sum(tl.load(row, mask=mask, other=0.0))
@@ -180,7 +191,7 @@ if triton is not None:
         ignore, inv_tau, kd_loss_scale, kd_grad_scale, inv_pixels, up_dice, up_ce, up_kd, up_co,
         # constants
         C: tl.constexpr, SQUARED: tl.constexpr, MSE: tl.constexpr, LOSS: tl.constexpr, GRAD: tl.constexpr,
-        FLAT: tl.constexpr, BLOCK: tl.constexpr,
+        FLAT: tl.constexpr, S_WORDS: tl.constexpr, T_WORDS: tl.constexpr, C_WORDS: tl.constexpr, BLOCK: tl.constexpr,
     ):
         if not LOSS:
             dice_in, ce_in = tl.load(up_dice_ptr), tl.load(up_ce_ptr)
@@ -192,51 +203,42 @@ if triton is not None:
         n = (pid // blocks).to(tl.int64)
         pixel = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
         mask = pixel < HW
-        zs = _load_shifted(_pixel_ptrs(s_ptr, n, pixel, W, s_n, s_h, s_w, FLAT), s_c, mask, C)
+        zs = _load_shifted(s_ptr, (s_n, s_c, s_h, s_w), n, pixel, W, mask, C, FLAT, S_WORDS)
         zero = tl.zeros((BLOCK,), tl.float32)
-        grad = ()
-
+        co, kd, dot = zero, zero, zero
         # A, the gradient at the probabilities of Dice and consistency, and its way back through the softmax
         es, sum_s = _exp(zs, 1.0, C)
         inv_s = 1.0 / sum_s
-        if GRAD:
-            labels = pixel < tl.where(n < labeled, HW, 0)
-            y = tl.load(_pixel_ptrs(y_ptr, n, pixel, W, y_n, y_h, y_w, FLAT), mask=labels, other=0).to(tl.int32)
-            keep = labels & (y != ignore)
-            up_ce *= tl.load(coef_ptr + 2 * C)
+        labels = pixel < tl.where(n < labeled, HW, 0)
+        y = tl.load(_pixel_ptrs(y_ptr, n, pixel, W, y_n, y_h, y_w, FLAT), mask=labels, other=0).to(tl.int32)
+        keep = labels & (y != ignore)
+        up_ce *= tl.load(coef_ptr + 2 * C)
         if c_ptr is not None:
-            zc = _load_shifted(_pixel_ptrs(c_ptr, n, pixel, W, c_n, c_h, c_w, FLAT), c_c, mask, C)
+            zc = _load_shifted(c_ptr, (c_n, c_c, c_h, c_w), n, pixel, W, mask, C, FLAT, C_WORDS)
             ec, sum_c = _exp(zc, 1.0, C)
             inv_c = 1.0 / sum_c
-        p, a = (), ()
-        co = zero
-        dot = zero
+        p, a, grad = (), (), ()  # without GRAD nobody reads them, and the compiler drops what leads to them
         for c in tl.static_range(C):
             pc = es[c] * inv_s
-            ac = zero
-            if GRAD:
-                on_label = up_dice * tl.load(coef_ptr + 2 * c)
-                on_prob = up_dice * tl.load(coef_ptr + 2 * c + 1)
-                ac = tl.where(y == c, on_label, 0.0) + on_prob * (2.0 * pc if SQUARED else 1.0)
-                ac = tl.where(keep, ac, 0.0)
+            on_label = up_dice * tl.load(coef_ptr + 2 * c)
+            on_prob = up_dice * tl.load(coef_ptr + 2 * c + 1)
+            ac = tl.where(y == c, on_label, 0.0) + on_prob * (2.0 * pc if SQUARED else 1.0)
+            ac = tl.where(keep, ac, 0.0)
             if c_ptr is not None:
                 diff = pc - ec[c] * inv_c
                 co += diff * diff
                 ac += (2.0 * up_co * inv_pixels) * diff
             p, a = p + (pc,), a + (ac,)
             dot += ac * pc
-        if GRAD:
-            for c in tl.static_range(C):
-                ce_grad = tl.where(keep, up_ce * (p[c] - tl.where(y == c, 1.0, 0.0)), 0.0)
-                grad = grad + (p[c] * (a[c] - dot) + ce_grad,)
+        for c in tl.static_range(C):
+            ce_grad = tl.where(keep, up_ce * (p[c] - tl.where(y == c, 1.0, 0.0)), 0.0)
+            grad = grad + (p[c] * (a[c] - dot) + ce_grad,)
 
-        kd = zero
         if t_ptr is not None:
-            zt = _load_shifted(_pixel_ptrs(t_ptr, n, pixel, W, t_n, t_h, t_w, FLAT), t_c, mask, C)
+            zt = _load_shifted(t_ptr, (t_n, t_c, t_h, t_w), n, pixel, W, mask, C, FLAT, T_WORDS)
             es, sum_s = _exp(zs, inv_tau, C)
             et, sum_t = _exp(zt, inv_tau, C)
-            scale = up_kd * kd_grad_scale
-            total = ()
+            scale, total = up_kd * kd_grad_scale, ()
             if MSE:
                 inv_s, inv_t = 1.0 / sum_s, 1.0 / sum_t
                 dot = zero
@@ -244,10 +246,9 @@ if triton is not None:
                     e = es[c] * inv_s - et[c] * inv_t
                     kd += e * e
                     dot += e * es[c] * inv_s
-                if GRAD:
-                    for c in tl.static_range(C):
-                        pc = es[c] * inv_s
-                        total = total + (grad[c] + scale * pc * ((pc - et[c] * inv_t) - dot),)
+                for c in tl.static_range(C):
+                    pc = es[c] * inv_s
+                    total = total + (grad[c] + scale * pc * ((pc - et[c] * inv_t) - dot),)
             else:
                 log_s, log_t = tl.log(sum_s), tl.log(sum_t)
                 for c in tl.static_range(C):
@@ -259,46 +260,48 @@ if triton is not None:
                     d = log_q - log_p
                     series = 1 / 2 - d * (1 / 6 - d * (1 / 24 - d * (1 / 120 - d * (1 / 720))))
                     kd += tl.where(tl.abs(d) < 0.25, qc * d * d * series, e + qc * d)
-                    if GRAD:
-                        total = total + (grad[c] + scale * e,)
+                    total = total + (grad[c] + scale * e,)
             grad = total
 
         if LOSS:
-            programs = tl.num_programs(0)
             tl.store(part_ptr + pid, tl.sum(tl.where(mask, kd, 0.0)) * kd_loss_scale)
-            tl.store(part_ptr + programs + pid, tl.sum(tl.where(mask, co, 0.0)) * inv_pixels)
+            tl.store(part_ptr + tl.num_programs(0) + pid, tl.sum(tl.where(mask, co, 0.0)) * inv_pixels)
         if GRAD:
-            ptrs = _pixel_ptrs(g_ptr, n, pixel, W, g_n, g_h, g_w, FLAT)
-            for c in tl.static_range(C):
-                tl.store(ptrs, grad[c].to(g_ptr.dtype.element_ty), mask=mask)
-                ptrs += g_c
+            _store(grad, g_ptr, (g_n, g_c, g_h, g_w), n, pixel, W, mask, C, FLAT, S_WORDS)
+
+
+def _words(*tensors):
+    """Whether each pixel is an aligned word of 8 bytes, 4 classes of a half type, and the next pixel the next word."""
+    given = [x for x in tensors if x is not None]
+    dense = all(x.shape[1] == 4 and x.element_size() == 2 and x.stride()[1:] == (1, 4 * x.shape[3], 4) for x in given)
+    return dense and all((x.data_ptr() | 2 * x.stride(0)) % 8 == 0 for x in given)
 
 
 def _geometry(vec, *tensors):
-    """Pixels per thread and per block, blocks per slice, and whether every tensor's rows follow each other."""
+    """Pixels per block, blocks per slice, and whether every tensor's rows follow each other."""
     _, c, h, w = tensors[0].shape
     vec = vec if c <= 4 else 4 if c <= 8 else 2  # fewer where registers run out; four warps throughout
     flat = h == 1 or all(x.stride(-2) == w * x.stride(-1) for x in tensors if x is not None)
-    return vec, 128 * vec, -(-h * w // (128 * vec)), flat
+    return 128 * vec, -(-h * w // (128 * vec)), flat
 
 
 def _launch(student, target, teacher, coteacher, grad, coef, ups, expected, tau, squared, mse, ignore):
     """Second pass: returns (kd, co) where `ups` is None (forward), and fills `grad` where there is one."""
     n, c, h, w = student.shape
-    # 16 bytes per thread and load in fp32, 8 in the half types: 8 pixels of them want all 255 registers, and the 256
-    # bytes of a warp are whole sectors either way.
-    _, block, blocks, flat = _geometry(4, student, target, teacher, coteacher, grad)
+    # 16 bytes per thread and load in fp32 and in words, 8 in the half types: 8 pixels of them want all 255 registers,
+    # and the 256 bytes of a warp are whole sectors either way.
+    words = _words(student, grad)
+    block, blocks, flat = _geometry(2 if words else 4, student, target, teacher, coteacher, grad)
     strides = [v for x in (student, teacher, coteacher) for v in ((0, 0, 0, 0) if x is None else x.stride())]
     pixels = n * h * w
     part = None if ups else student.new_empty((2, n * blocks), dtype=torch.float32)
-    # No fused multiply-add: it would round one product of `pc - qc` and not the other; equal logits would not
-    # give exactly 0, neither loss nor gradient.
+    # No fused multiply-add: it rounds one product of `pc - qc` and not the other, so equal logits would not give 0.
     _student_kernel[(n * blocks,)](
         student, teacher, coteacher, target, grad, coef, *(ups or (None,) * 4), part, h * w, w, blocks, len(target),
         *strides, *target.stride(), *((0, 0, 0, 0) if grad is None else grad.stride()),
         ignore, 1 / tau, (1 if mse else tau * tau) / pixels, (2 / tau if mse else tau) / pixels, 1 / pixels, *expected,
-        C=c, SQUARED=squared, MSE=mse, LOSS=ups is None, GRAD=grad is not None, FLAT=flat, BLOCK=block, num_warps=4,
-        enable_fp_fusion=False,
+        C=c, SQUARED=squared, MSE=mse, LOSS=ups is None, GRAD=grad is not None, FLAT=flat, BLOCK=block,
+        S_WORDS=words, T_WORDS=_words(teacher), C_WORDS=_words(coteacher), num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return None if ups else (part[0].sum(), part[1].sum())
 
@@ -307,14 +310,13 @@ class _StudentLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, target, teacher, coteacher, tau, mse, smooth, squared, first, ignore, expected):
         _, c, h, w = student.shape
-        vec, block, blocks, flat = _geometry(16 // student.element_size(), student, target)  # 16 bytes per load
-        labeled_blocks = len(target) * blocks
-        programs = max(min(labeled_blocks, PROGRAMS), 1)
+        words = _words(student)  # 16 bytes per load
+        block, blocks, flat = _geometry(4 if words else 16 // student.element_size(), student, target)
+        programs = max(min(len(target) * blocks, PROGRAMS), 1)
         sums = student.new_empty((3 * c + 1, programs), dtype=torch.float32)
         dice, ce = (student.new_empty((), dtype=torch.float32) for _ in range(2))
         coef = student.new_empty(2 * c + 1, dtype=torch.float32)
-        ctx.args = tau, squared, mse, ignore
-        ctx.expected = expected
+        ctx.args, ctx.expected = (tau, squared, mse, ignore), expected
         ctx.grad = None if expected is None else torch.empty_like(student)
         # Networks that ran under inference_mode may not be saved by autograd, but may be kept.
         others = [x for x in (teacher, coteacher) if x is not None and not x.is_inference()]
@@ -322,9 +324,9 @@ class _StudentLoss(torch.autograd.Function):
         ctx.kept = [x if x is None or x.is_inference() else ... for x in (teacher, coteacher)]
         with torch.cuda.device_of(student):
             _sums_kernel[(programs,)](
-                student, target, sums, h * w, w, blocks, labeled_blocks, programs,
+                student, target, sums, h * w, w, blocks, len(target) * blocks, programs,
                 *student.stride(), *target.stride(), ignore,
-                C=c, SQUARED=squared, FLAT=flat, BLOCK=block, VEC=vec, num_warps=4, enable_fp_fusion=False,
+                C=c, SQUARED=squared, FLAT=flat, WORDS=words, BLOCK=block, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
             _finish_kernel[(1,)](
                 sums, dice, ce, coef, programs, smooth,
@@ -339,8 +341,7 @@ class _StudentLoss(torch.autograd.Function):
     def backward(ctx, *ups):
         student, target, coef, *others = ctx.saved_tensors
         teacher, coteacher = (others.pop(0) if x is ... else x for x in ctx.kept)
-        grad, ctx.grad = ctx.grad, None  # autograd owns it from here: a second backward makes its own
-        expected = ctx.expected
+        grad, expected, ctx.grad = ctx.grad, ctx.expected, None  # autograd owns it now: a second backward makes its own
         if grad is None:
             grad, expected = torch.empty_like(student), (float("nan"),) * 4  # equal to nothing
         with torch.cuda.device_of(student):
