@@ -619,6 +619,14 @@ def metrics_table(title, metrics):
     return table
 
 
+def clinical_table(indices):
+    table = [["clinical", "unit", "bias ± SD", "r", "n"]]
+    for k, x in indices.items():
+        bias, r = format_number(1, x["bias"], x["sd"]), format_number(3, x["r"])
+        table.append([index_name(k), x["unit"], bias, r, str(x["n"])])
+    return table
+
+
 def patient_table(rows):
     """Rows of metrics.csv -> [header, row per annotated volume, ...] as text, the worst mean Dice first."""
     scored = [(mean([r["dice"] for r in volume]), volume) for volume in by_volume(rows)]
@@ -641,15 +649,10 @@ def describe(s):
              f"{s['data']}, {s['split']}: {s['scored']} volumes scored, {', '.join(terms)}"]
     if s["scored"]:
         found.append(metrics_table("", s["metrics"]))
-    if s["largest_component_metrics"]:
-        found.append(metrics_table("largest component", s["largest_component_metrics"]))
-    if s["scored"] and s["clinical"]:
-        table = [["clinical", "unit", "bias ± SD", "r", "n"]]
-        for k, x in s["clinical"].items():
-            bias, r = format_number(1, x["bias"], x["sd"]), format_number(3, x["r"])
-            table.append([index_name(k), x["unit"], bias, r, str(x["n"])])
-        found.append(table)
-    if s["scored"]:
+        if s["largest_component_metrics"]:
+            found.append(metrics_table("largest component", s["largest_component_metrics"]))
+        if s["clinical"]:
+            found.append(clinical_table(s["clinical"]))
         empty = ", ".join(f"{c} {n}" for c, n in s["one_empty"].items())
         found.append(f"one empty, the other not (Dice 0, distances = the volume's diagonal): {empty}")
         found += [f"{k} against Dice, {x['n']} volumes: r {format_number(3, x['r'])}"
@@ -740,8 +743,7 @@ def parse(argv):
     parser = data_prep.Parser(prog="evaluate.py", description=__doc__.splitlines()[0],
                               usage="%(prog)s CHECKPOINT [options]")
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="best.pt of a run")
-    moved = ("--predict", "--onnx", "--time", "--entropy")
-    parser.add_argument(*moved, dest="moved", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--predict", "--onnx", "--time", "--entropy", dest="moved", nargs="*", help=argparse.SUPPRESS)
     group = parser.add_argument_group("evaluation")
     group.add_argument("--data", type=Path, help="prepared folder [the one trained on if it is there, or data/ACDC]")
     group.add_argument("--split", choices=(*SPLITS, "unlabeled"), default="test",
