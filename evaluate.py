@@ -327,9 +327,9 @@ def draw_agreement(path, rows):
     for (above, below), index in zip(pairs, order, strict=False):
         x, y = np.array([(r["prediction"], r["annotation"]) for r in rows if r["index"] == index]).T
         draw_index(above, below, index, x, y)
-    for ax in axes[:, 0]:
-        ax.set_ylabel(f"prediction{' - annotation' * (ax in axes[1::2])}")
-    for ax in axes[2:, 3]:
+    for row, label in zip(axes, ("prediction", "prediction - annotation") * 2, strict=True):
+        row[0].set_ylabel(label)
+    for ax in pairs[-1]:                                                        # seven indices, eight places
         ax.axis("off")
     figure.supxlabel(NOTICE, fontsize=9, color="0.4")
     figure.savefig(path, dpi=100)
@@ -430,11 +430,10 @@ def score_volumes(nets, volumes, inference, find, component):
         focus = find_heart(nets[0], v.image, v.spacing, **inference) if find else {}
         found = time.perf_counter() - began
         result = segment(nets, v.image, inference | focus, component)
-        scores = None
-        if v.label is not None:
-            scores = case_metrics(result.labels, v.label, v.spacing)
+        scores = None if v.label is None else case_metrics(result.labels, v.label, v.spacing)
+        if scores:
             scored.cases.append(scores)
-        if v.label is not None and not component:
+        if scores and not component:
             scored.components.append(component_metrics(result.labels, v.label, scores))
         scored.rows.extend(case_rows(v, result, scores))
         scored.preds[v.name] = result.labels
@@ -494,15 +493,15 @@ def summarize(scored, clinical):
             found = agreement(values, dices)
             uncertainty[key] = {"n": found["n"], "r": found["r"]}
     indices = {}
-    for k, unit in INDICES.items() if clinical else ():
-        pairs = [(r["prediction"], r["annotation"]) for r in clinical if r["index"] == k]
-        indices[k] = {"unit": unit, **agreement(*zip(*pairs, strict=True))}
+    for k, unit in INDICES.items():
+        values = [[r[column] for r in clinical if r["index"] == k] for column in ("prediction", "annotation")]
+        indices[k] = {"unit": unit, **agreement(*values)}
     return dict(
         scored=len(scored.cases), with_spacing=sum(bool(np.isfinite(v[0]["volume_ml"])) for v in volumes),
         one_empty={c: int(sum(case["one_empty"][i] for case in scored.cases)) for i, c in enumerate(CLASSES)},
         metrics=aggregate(scored.cases),
         largest_component_metrics=aggregate(scored.components, BRIEF) if scored.components else None,
-        clinical=indices or None, uncertainty=uncertainty)
+        clinical=indices if clinical else None, uncertainty=uncertainty)
 
 
 def draw_cases(folder, root, split, scored):
@@ -560,9 +559,9 @@ def hidden_folder(parent):
         lock = open(folder / ".lock", "w")  # noqa: SIM115
         with suppress(OSError, AttributeError):                  # a disk, or a system, without locks
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists():                                      # otherwise another process took it for abandoned
+        if folder.exists():
             return folder, lock
-        lock.close()
+        lock.close()                                             # another process took it for abandoned just then
 
 
 def remove_abandoned(parent):
@@ -620,6 +619,14 @@ def metrics_table(title, metrics):
     return table
 
 
+def clinical_table(indices):
+    table = [["clinical", "unit", "bias ± SD", "r", "n"]]
+    for k, x in indices.items():
+        bias, r = format_number(1, x["bias"], x["sd"]), format_number(3, x["r"])
+        table.append([index_name(k), x["unit"], bias, r, str(x["n"])])
+    return table
+
+
 def patient_table(rows):
     """Rows of metrics.csv -> [header, row per annotated volume, ...] as text, the worst mean Dice first."""
     scored = [(mean([r["dice"] for r in volume]), volume) for volume in by_volume(rows)]
@@ -642,15 +649,10 @@ def describe(s):
              f"{s['data']}, {s['split']}: {s['scored']} volumes scored, {', '.join(terms)}"]
     if s["scored"]:
         found.append(metrics_table("", s["metrics"]))
-    if s["largest_component_metrics"]:
-        found.append(metrics_table("largest component", s["largest_component_metrics"]))
-    if s["scored"] and s["clinical"]:
-        table = [["clinical", "unit", "bias ± SD", "r", "n"]]
-        for k, x in s["clinical"].items():
-            bias, r = format_number(1, x["bias"], x["sd"]), format_number(3, x["r"])
-            table.append([index_name(k), x["unit"], bias, r, str(x["n"])])
-        found.append(table)
-    if s["scored"]:
+        if s["largest_component_metrics"]:
+            found.append(metrics_table("largest component", s["largest_component_metrics"]))
+        if s["clinical"]:
+            found.append(clinical_table(s["clinical"]))
         empty = ", ".join(f"{c} {n}" for c, n in s["one_empty"].items())
         found.append(f"one empty, the other not (Dice 0, distances = the volume's diagonal): {empty}")
         found += [f"{k} against Dice, {x['n']} volumes: r {format_number(3, x['r'])}"
@@ -741,8 +743,7 @@ def parse(argv):
     parser = data_prep.Parser(prog="evaluate.py", description=__doc__.splitlines()[0],
                               usage="%(prog)s CHECKPOINT [options]")
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="best.pt of a run")
-    moved = ("--predict", "--onnx", "--time", "--entropy")
-    parser.add_argument(*moved, dest="moved", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--predict", "--onnx", "--time", "--entropy", dest="moved", nargs="*", help=argparse.SUPPRESS)
     group = parser.add_argument_group("evaluation")
     group.add_argument("--data", type=Path, help="prepared folder [the one trained on if it is there, or data/ACDC]")
     group.add_argument("--split", choices=(*SPLITS, "unlabeled"), default="test",

@@ -33,7 +33,7 @@ import data_prep
 import evaluate
 import models
 from data_prep import CLASSES, PHASES, DataError, Volume
-from evaluate import COLORS, INDICES, format_number, mean, staging, volumes_ml, write_csv
+from evaluate import COLORS, INDICES, NOTICE, format_number, mean, staging, volumes_ml, write_csv
 from models import CheckpointError, DeviceError, find_heart, pick_device, segment_volume
 
 RESULTS = ("overlay.png", "entropy.nii.gz", "volumes.csv", "volumes.png", "seg.nii.gz")            # after NAME_
@@ -57,10 +57,6 @@ def list_images(path):
     return files
 
 
-def without_extension(paths):
-    return [p.with_name(NIFTI.sub("", p.name)) for p in paths]
-
-
 def find_images(paths):
     """Files, and folders of them, to {NIfTI file: name of its results, relative, without extension}, no name twice.
 
@@ -77,10 +73,9 @@ def find_images(paths):
             names[key] = file.relative_to(path) if path.is_dir() else Path(file.name)
     common = os.path.commonpath([key.parent for key in sources])
     full = [key.relative_to(common) for key in sources]
-    for choice in (without_extension(names.values()), without_extension(full), full):
-        if len(set(choice)) == len(choice):
-            break
-    return dict(zip(sources.values(), choice, strict=True))
+    short, long = ([p.with_name(NIFTI.sub("", p.name)) for p in paths] for paths in (names.values(), full))
+    chosen = next((choice for choice in (short, long) if len(set(choice)) == len(choice)), full)
+    return dict(zip(sources.values(), chosen, strict=True))
 
 
 def read_frames(source):
@@ -179,7 +174,7 @@ def draw_volumes(path, title, ml, phases, indices):
     ax.set(title=title, xlabel="frame", ylabel="volume, ml", ylim=(0, 1.15 * max(1, ml[:, [0, 2]].max())))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(alpha=0.25)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, title=NOTICE, title_fontsize=8)
     figure.savefig(path, dpi=110)
 
 
@@ -200,6 +195,18 @@ def tell(row):
         warn(f"{row['file']}: axes {row['axes']}, ACDC's are LPS: does the RV lie left of the LV in the overlay?")
 
 
+def attempt(nets, source, stem, inference, options):
+    """predict_file, told to people -> its row, or one that says why there is none."""
+    try:
+        row = predict_file(nets, source, stem, inference, **options)
+    except (DataError, ValueError, RuntimeError, MemoryError) as error:
+        text = str(error) if isinstance(error, DataError) else f"{source}: {data_prep.one_line(error)}"
+        warn(text)
+        return dict(file=str(source), error=text)
+    tell(row)
+    return row
+
+
 def predict(nets, inference, paths, out, **options):
     """Segment files and folders into `out`, as predict_file; a bad file is reported and the others are done. Returns
     the number of bad ones. Raises DataError before anything is written, OSError where `out` takes no more."""
@@ -209,14 +216,7 @@ def predict(nets, inference, paths, out, **options):
             raise DataError(f"--out {out}: holds {source}; give a folder apart, so that no file there is replaced")
     try:
         for source, name in tqdm(images.items(), desc="predict", unit="file", disable=None, leave=False):
-            try:
-                row = predict_file(nets, source, out / name, inference, **options)
-                tell(row)
-            except (DataError, ValueError, RuntimeError, MemoryError) as error:
-                text = str(error) if isinstance(error, DataError) else f"{source}: {data_prep.one_line(error)}"
-                row = dict(file=str(source), error=text)
-                warn(text)
-            table.append(row)
+            table.append(attempt(nets, source, out / name, inference, options))
     finally:                                                               # Ctrl-C, a full disk: of what is done
         if table:
             with staging(out, ["predictions.csv"]) as folder:
@@ -336,8 +336,7 @@ def parse(argv):
     with suppress(AttributeError, OSError):                            # as Parser.parse_args does
         sys.stdout.reconfigure(errors="backslashreplace")
     args = parser.parse_intermixed_args(argv)                          # options may stand before PATH
-    modes = bool(args.onnx) + args.time + bool(args.paths)
-    if modes != 1:
+    if bool(args.onnx) + args.time + bool(args.paths) != 1:
         parser.error("give one of PATH, --onnx and --time")
     if args.entropy and not args.paths:
         parser.error("--entropy goes with PATH")

@@ -929,7 +929,8 @@ def test_help_fits_a_screen_in_groups_and_shows_defaults(terminal, monkeypatch, 
     lines = text.splitlines()
     assert len(lines) <= 54
     assert max(map(len, lines)) <= 120
-    defaults = {"data_prep.py": ["data/ACDC", "one per core"], "evaluate.py": ["test"],
+    defaults = {"data_prep.py": ["data/ACDC", "one per core"], "predict.py": ["predictions", "on"],
+                "evaluate.py": ["[test]", "the better one on val", "off; predict.py: on", "data/ACDC", "folder/SPLIT"],
                 "phantom.py": ["data/phantom/raw", "20", "0", "one per core"],
                 "train_actnet.py": [str(f.default) for f in fields(Config) if type(f.default) is float and f.default]
                 + [f"[{f.default}]" for f in fields(Config) if f.metadata["choices"]], "bench.py": []}[script]
@@ -950,8 +951,8 @@ def wrong_options():
         yield "evaluate.py", ["best.pt", option, value], option
     for option in ("--predict", "--onnx", "--time"):
         yield "evaluate.py", ["best.pt", option, "x"], "predict.py does this: python predict.py CKPT PATH..."
-    for argv, word in (([], "CHECKPOINT"), (["x"], "PATH"), (["x", "y", "--time"], "one of"),
-                       (["x", "--gpu", "y"], "y")):
+    for argv, word in (([], "CHECKPOINT"), (["x"], "PATH"), (["x", "y", "--time"], "one"), (["x", "--gpu", "z"], "z"),
+                       (["x", "--time", "--entropy"], "--entropy"), (["x", "y", "--data", "z"], "--data")):
         yield "predict.py", argv, word
     for option in ("preset", "resume"):
         yield "train_actnet.py", [f"--{option}"], f"--{option}"
