@@ -777,7 +777,7 @@ def test_run_folder_is_never_overwritten(data, tmp_path, monkeypatch, capsys):
 
 def test_demo_from_nothing_to_a_table(tmp_path):
     """The whole chain as a newcomer starts it, cut to a few steps."""
-    result = subprocess.run([sys.executable, str(ROOT / "train_actnet.py"), "--demo", "--iters", "2", "--cpu"],
+    result = subprocess.run([sys.executable, str(ROOT / "train_actnet.py"), "--demo", "--iters", "3", "--cpu"],
                             cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stderr
     for word in ("RV", "MYO", "LV", "Dice", "HD95"):
