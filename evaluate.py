@@ -39,8 +39,8 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
+import uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -535,8 +535,7 @@ def staging(out, names):
     parent = next(p for p in (out, *out.absolute().parents) if p.exists())
     for place in {parent, out.absolute().parent}:
         remove_abandoned(place)
-    folder, lock = hidden_folder(parent)
-    try:
+    with hidden_folder(parent) as folder:
         yield folder
         out.mkdir(parents=True, exist_ok=True)
         for name in names:                                       # the last one last: where it stands, the rest does
@@ -547,29 +546,31 @@ def staging(out, names):
             with open(fresh, "r+b") as f:
                 os.fsync(f.fileno())
             os.replace(fresh, out / name)
-    finally:
-        lock.close()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
 def hidden_folder(parent):
-    """-> a new folder in `parent`, and the file in it that stays locked while this process lives."""
-    while True:
-        folder = Path(tempfile.mkdtemp(dir=parent, prefix=HIDDEN))
-        lock = open(folder / ".lock", "w")  # noqa: SIM115
-        with suppress(OSError, AttributeError):                  # a disk, or a system, without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists():
-            return folder, lock
-        lock.close()                                             # another process took it for abandoned just then
+    """A new folder in `parent`, removed at the end; the file beside it is locked as long as its process lives."""
+    folder = parent / f"{HIDDEN}{uuid.uuid4().hex}"
+    try:
+        with open(f"{folder}.lock", "x") as lock:
+            with suppress(OSError, AttributeError):              # a disk, or a system, without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            folder.mkdir(mode=0o700)
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            os.unlink(f"{folder}.lock")
 
 
 def remove_abandoned(parent):
     """Remove the hidden folders in `parent` that no process holds: those of killed ones."""
-    for path in parent.glob(f"{HIDDEN}*/.lock"):
+    for path in parent.glob(f"{HIDDEN}*.lock"):
         with suppress(OSError, AttributeError), open(path, "r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)     # BlockingIOError: its process lives
-            shutil.rmtree(path.parent, ignore_errors=True)
+            shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+            path.unlink()
 
 
 @contextmanager
