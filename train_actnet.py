@@ -84,7 +84,7 @@ class Config:
     compile: bool = option(False, "torch.compile the networks; did not pay on a CPU")
     deterministic: bool = option(False, "only kernels that repeat bit for bit, slower on a GPU")
     batch: int = option(24, "slices of a co-teaching step", group="data", low=1, high=2**16)
-    labeled_batch: int = option(12, "of these with labels [half of --batch]", low=1)
+    labeled_batch: int = option(12, "of these with labels; follows --batch", low=1)
     sup_batch: int = option(24, "slices of a step on the labels alone", low=1, high=2**16)
     cache: str = option("auto", "where slices wait; auto: the first that fits", ("auto", "device", "ram", "disk"))
     size: int = option(160, "side of the training window, pixels", low=8, high=2048)
@@ -153,8 +153,8 @@ PRESETS = {
                   teacher_along=True),
     "cpu": dict(size=128, batch=16, labeled_batch=4, sup_batch=8, iters=21000, stages=(4000, 15000, 2000),
                 teacher=(5, 16), val_every=500, log_every=20),
-    "demo": dict(data="data/phantom", labeled=3, size=96, batch=8, labeled_batch=4, sup_batch=8, iters=450,
-                 stages=(1, 1, 1), teacher=(4, 16), student=(4, 8), lr=0.01, ema=0.95, val_every=150, log_every=10),
+    "demo": dict(data="data/phantom", labeled=3, size=96, batch=8, labeled_batch=4, sup_batch=8, iters=600,
+                 stages=(100, 150, 350), teacher=(4, 16), student=(4, 8), lr=0.01, ema=0.95, val_every=150, log_every=10),
 }
 MAY_CHANGE = {"iters", "minutes", "gpu", "cpu", "out", "data", "table"}          # on --resume
 
