@@ -78,7 +78,8 @@ class Config:
     iters: int = option(30000, "steps of all stages", low=1)
     stages: tuple = option((5, 15, 10), "their parts: teacher, student, co-teaching")
     minutes: float = option(0.0, "stop and save after so long; 0: never")
-    val_every: int = option(500, "steps between validations and checkpoints", low=1)
+    val_every: int = option(500, "steps between validations", low=1)
+    save_minutes: float = option(1.0, "least time between checkpoints, which validations make; 0: each")
     log_every: int = option(20, "steps between rows of log.csv", low=1)
     precision: str = option("auto", "auto: bf16 where the device computes in it", ("auto", "bf16", "fp32"))
     compile: bool = option(False, "torch.compile the networks; did not pay on a CPU")
@@ -437,7 +438,8 @@ class Run:
                 raise DataError(f"--resume {cfg.out}: is at step {self.done}; a larger --iters goes on")
             if resume.get("data") != self.digest:
                 raise DataError(f"--data {cfg.data}: not the slices and volumes that {cfg.out} began with; give those")
-        self.began, self.start_step, self.bar, self.asked = time.perf_counter(), self.done, None, []
+        self.began = self.saved = time.perf_counter()
+        self.start_step, self.bar, self.asked = self.done, None, []
         self.scores = resume["scores"] if resume else {}                            # of the last validation
         self.initial = self.load_learner(cfg.init) if cfg.init and not resume else None
         going = [stage for stage in self.stages if self.done < stage.end]
@@ -588,11 +590,12 @@ class Run:
             row = dict(zip(TERMS, terms.mean(0).round(6), strict=True), step=self.done, stage=stage.number,
                        seconds=round(self.seconds, 1), lr=round(actnet.optimizer.param_groups[0]["lr"], 8),
                        slices_per_s=round(slices / seconds, 1))
-            saves = self.done % cfg.val_every == 0 or self.done == end or stop
-            if saves:
+            validates = self.done % cfg.val_every == 0 or self.done == end
+            saves = self.done == end or stop or (validates and time.perf_counter() - self.saved > 60 * cfg.save_minutes)
+            if saves or validates:
                 self.refuse_infinite(actnet, step)
             if self.main:
-                if self.done % cfg.val_every == 0 or self.done == end:
+                if validates:
                     row |= self.validate(actnet)
                 append_row(self.folder / "log.csv", {column: row.get(column, "") for column in COLUMNS})
                 if saves:
@@ -643,7 +646,9 @@ class Run:
         """Score the stage's networks on val, keep the best -> the row's columns."""
         ended = self.done == self.cfg.iters
         names = [name for name in actnet.nets if name != "teacher" or actnet.learner == "teacher" or ended]
+        searches, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # not for val's shapes
         self.scores = {name: evaluate.validate(actnet.nets[name], self.volumes, self.inference) for name in names}
+        torch.backends.cudnn.benchmark = searches
         if actnet.along and ended:
             names.remove("teacher")                                                                 # told, never kept
         better = max(names, key=lambda name: np.mean(self.scores[name]["dice"]))
@@ -666,6 +671,7 @@ class Run:
         save_checkpoint(self.folder / "last.pt", self.content(actnet.nets) | dict(
             optimizer=actnet.optimizer.state_dict(), seconds=self.seconds, best=self.best, scores=self.scores,
             data=self.digest), previous=self.folder / "previous.pt")
+        self.saved = time.perf_counter()
 
     def finish(self):
         """student.pt; the val scores of the last networks and of the best: on the screen, summary.json, --table."""

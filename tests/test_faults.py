@@ -52,7 +52,7 @@ FULL = os.environ.get("FAULTS") == "full"
 MORE = 4 if FULL else 1
 MAY_CHANGE = {"iters", "minutes", "gpu", "cpu", "data", "table"}         # on --resume; out only to the same folder
 SMALL = ["--cpu", "--student", "2", "4", "--teacher", "2", "4", "--size", "32", "--batch", "4", "--labeled-batch", "2",
-         "--labeled", "1", "--val-every", "2", "--log-every", "1", "--precision", "fp32"]
+         "--labeled", "1", "--val-every", "2", "--save-minutes", "0", "--log-every", "1", "--precision", "fp32"]
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 
 

@@ -31,7 +31,8 @@ from train_actnet import COLUMNS, PRESETS, ActNet, Config, Stage, count_steps, m
 
 ROOT, CPU = Path(__file__).parent.parent, torch.device("cpu")
 SMALL = ["--cpu", "--student", "2", "4", "--teacher", "2", "8", "--size", "32", "--batch", "4", "--labeled-batch", "2",
-         "--labeled", "2", "--iters", "4", "--val-every", "2", "--log-every", "1", "--precision", "fp32"]
+         "--labeled", "2", "--iters", "4", "--val-every", "2", "--log-every", "1", "--precision", "fp32",
+         "--save-minutes", "0"]
 
 
 def heart(rng, shape):
@@ -654,6 +655,19 @@ def wait_for_step(out, step, process):
             return
         time.sleep(0.01)
     raise AssertionError(process.communicate())
+
+
+def test_checkpoints_keep_their_distance_and_stages_end_with_one(data, tmp_path, monkeypatch):
+    """A checkpoint of the paper's teacher takes seconds: one a minute, but at a stage's end whatever the time."""
+    saved = []
+
+    def keep(path, content, previous=None):
+        saved.append((path.name, content["step"]))
+        models.save_checkpoint(path, content, previous)
+    monkeypatch.setattr(train_actnet, "save_checkpoint", keep)
+    rows = run(data, tmp_path / "run", "--iters", 18, "--stages", 1, 1, 1, "--save-minutes", 60)
+    assert [row["step"] for row in rows if "val_student" in row or "val_teacher" in row] == list(range(2, 19, 2))
+    assert [step for name, step in saved if name == "last.pt"] == [6, 12, 18]
 
 
 def test_minutes_stops_and_iters_extends(data, tmp_path, capsys):
