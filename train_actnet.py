@@ -194,6 +194,16 @@ def count_steps(cfg):
     return tuple(steps)
 
 
+def wants_answers(cfg, stage):
+    return stage.number == 3 and cfg.method in ("kd", "act") and not cfg.teacher_along
+
+
+def list_rounds(cfg, stage):
+    """-> (first step, step after the last) of each of the stage's rounds."""
+    rounds = cfg.rounds if stage.number == 3 else 1
+    return list(pairwise(stage.start + stage.steps * i // rounds for i in range(rounds + 1)))
+
+
 def list_stages(cfg):
     """-> the stages of a run whose --stages are steps, in order."""
     starts = (0, cfg.stages[0], cfg.stages[0] + cfg.stages[1])
@@ -520,20 +530,14 @@ class Run:
         """The steps of a stage, from the run's step on. Returns whether it came to its end."""
         actnet, self.entered = self.entered or self.enter(stage), None
         self.slices.begin(stage)
-        cuts = [stage.start, stage.end]
-        if stage.number == 3:
-            cuts = [stage.start + stage.steps * i // self.cfg.rounds for i in range(self.cfg.rounds + 1)]
-        for begin, end in pairwise(cuts):
+        for begin, end in list_rounds(self.cfg, stage):
             if self.done >= end:
                 continue
-            if self.wants_answers(stage) and not self.collect_answers(actnet, begin):
+            if wants_answers(self.cfg, stage) and not self.collect_answers(actnet, begin):
                 return False
             if not self.train_until(actnet, end):
                 return False
         return True
-
-    def wants_answers(self, stage):
-        return stage.number == 3 and self.cfg.method in ("kd", "act") and not self.cfg.teacher_along
 
     def collect_answers(self, actnet, begin):
         """Ask the teachers, from the second round on with the co-teacher, about every slice. Returns False where the
@@ -550,6 +554,7 @@ class Run:
             nets.append((load_model(renewal)[0], self.inference))
         nets = [(n.to(self.device, memory_format=torch.channels_last), inference) for n, inference in nets]
         slices.keep_answers(self.folder)
+        cost = answer_cost(cfg)
         for i in range(0, len(slices.names), 16):
             if self.stopping():
                 return False
@@ -558,6 +563,7 @@ class Run:
             with actnet.autocast:
                 answers = ask(nets, images.to(self.device).float(), cfg.views)
             slices.answers[i:i + 16] = answers.to(slices.answers.device)
+            self.bar.update(len(index) * cost)
             self.bar.set_postfix_str(f"answers {index.stop} of {len(slices.names)}")
         return True
 
@@ -569,7 +575,7 @@ class Run:
     def train_until(self, actnet, end):
         """Steps of the stage up to `end`. Returns False where the run was asked to stop, and has saved."""
         cfg, stage, history, alone = self.cfg, actnet.stage, [], world()[1] == 1
-        cost, marked = round(1e6 * step_cost(cfg, stage)), (self.done, time.perf_counter())
+        cost, marked = step_cost(cfg, stage), (self.done, time.perf_counter())
         for step, batch in enumerate(self.slices.batches(self.done, end), self.done):
             history.append(actnet.step(step, *batch))
             self.done = step + 1
@@ -706,31 +712,49 @@ class Run:
                     command=about["command"])
 
 
+def slice_cost(shape, size):
+    """FLOP of one slice's forward pass, convolutions only, two per multiply-accumulate."""
+    with torch.device("meta"):
+        return 2 * models.count_macs(UNet(*shape), size)
+
+
 def step_cost(cfg, stage):
-    """GFLOP of a step: convolutions, two per multiply-accumulate; forward 1, forward and backward 3."""
-    def slice_cost(shape):
-        with torch.device("meta"):
-            return 2 * models.count_macs(UNet(*shape), cfg.size) / 1e9
+    """FLOP of a step: forward 1, forward and backward 3."""
     if stage.number == 1:
-        return 3 * cfg.sup_batch * slice_cost(cfg.teacher)
-    own, n, labeled = slice_cost(shape_of(cfg)), cfg.batch, cfg.labeled_batch
+        return 3 * cfg.sup_batch * slice_cost(cfg.teacher, cfg.size)
+    own, n, labeled = slice_cost(shape_of(cfg), cfg.size), cfg.batch, cfg.labeled_batch
     if stage.number == 2:
         return 3 * cfg.sup_batch * own
     cost = 3 * n * own
     if cfg.method in ("mt", "act"):
         cost += (n - labeled * (cfg.consistency == "pseudo")) * own
     if cfg.teacher_along:
-        cost += (n + 2 * labeled) * slice_cost(cfg.teacher)
+        cost += (n + 2 * labeled) * slice_cost(cfg.teacher, cfg.size)
+    return cost
+
+
+def answer_cost(cfg):
+    """FLOP of the teachers' answer about one slice."""
+    return cfg.views * max(1, len(cfg.teacher_ckpt)) * slice_cost(cfg.teacher, cfg.size * 9 // 8)
+
+
+def run_cost(run, until):
+    """FLOP of the run's steps and answers up to the step `until`."""
+    cost = 0
+    for stage in run.stages:
+        cost += step_cost(run.cfg, stage) * min(stage.steps, max(0, until - stage.start))
+        if wants_answers(run.cfg, stage):
+            rounds = sum(end <= until for _, end in list_rounds(run.cfg, stage))
+            cost += rounds * len(run.slices.names) * answer_cost(run.cfg)
     return cost
 
 
 def train(cfg, resume=None):
     """One run: the teacher from the labels, the student from the labels, co-teaching. Returns its folder."""
-    costs = [(stage, round(1e6 * step_cost(cfg, stage))) for stage in list_stages(cfg)]
+    slice_cost(cfg.teacher, cfg.size)            # takes a second, once: here, since the folder is not there to clean up
     run = Run(cfg, resume)
-    past = sum(min(stage.steps, max(0, run.done - stage.start)) * cost for stage, cost in costs)
-    total = sum(stage.steps * cost for stage, cost in costs)
     style = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"                    # by arithmetic, not by steps
+    total, past = run_cost(run, cfg.iters), run_cost(run, run.done)
     with heed_signals() as run.asked, tqdm(
             total=total, initial=past, dynamic_ncols=True, disable=not run.main, bar_format=style,
             mininterval=1 if sys.stderr.isatty() else 30) as run.bar:

@@ -100,16 +100,16 @@ def time_stage(cfg, device, slices, stage, steps, rate):
     total = sum(spans.values())
     p20, p50, p80 = 1000 * np.quantile(total, (0.2, 0.5, 0.8))
     peak = torch.cuda.max_memory_allocated(device) // 2**20 if device.type == "cuda" else ""
-    gflop, n = step_cost(cfg, stage), cfg.batch if stage.number == 3 else cfg.sup_batch
+    flop, n = step_cost(cfg, stage), cfg.batch if stage.number == 3 else cfg.sup_batch
     row = dict(
         date=time.strftime("%Y-%m-%d"), commit=train_actnet.describe_commit(), device=models.describe_device(device),
         processes=world()[1], torch=torch.__version__, precision=actnet.precision, compile=cfg.compile,
         cache=slices.cache, view=cfg.view, method=cfg.method, stage=stage.number, along=cfg.teacher_along,
         teacher="{} {}".format(*cfg.teacher), student="{} {}".format(*cfg.student), size=cfg.size, batch=n, steps=steps,
         ms_p20=p20, ms_p50=p50, ms_p80=p80, slices_per_s=1000 * n / p50,
-        **{f"{part}_percent": 100 * spans[part].sum() / total.sum() for part in PARTS}, gflop=gflop,
+        **{f"{part}_percent": 100 * spans[part].sum() / total.sum() for part in PARTS}, gflop=flop / 1e9,
         matrix_tflops=rate / 1e12,                                                             # of one device
-        floor_percent=100 * gflop * 1e9 / world()[1] / rate / (p50 / 1000), peak_mb=peak)
+        floor_percent=100 * flop / world()[1] / rate / (p50 / 1000), peak_mb=peak)
     return {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
 
 
