@@ -52,9 +52,10 @@ def barrier():
 
 def any_of(flag, device):
     """Whether the flag is true in one of the processes: all stop, or none."""
+    if not dist.is_initialized():
+        return flag
     votes = torch.tensor(float(flag), device=device)
-    if dist.is_initialized():
-        dist.all_reduce(votes)
+    dist.all_reduce(votes)
     return votes.item() > 0
 
 

@@ -228,7 +228,8 @@ def draw_curves(log, png):
         starts.setdefault(row.get("stage"), int(row["step"]))
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for ax, columns in ((left, ("dice", "ce", "kd", "co", "teacher")), (right, ("val_student", "val_coteacher"))):
+    losses, scores = ("dice", "ce", "kd", "co", "teacher"), ("val_teacher", "val_student", "val_coteacher")
+    for ax, columns in ((left, losses), (right, scores)):
         for column in columns:
             points = [(int(row["step"]), float(row[column])) for row in rows if float(row.get(column) or 0)]
             if points:

@@ -91,6 +91,8 @@ class Slices:
         shape = len(self.names), 3, self.side, self.side
         if self.cache == "disk":                                          # a file without a name: it goes with the run
             file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+            if hasattr(os, "posix_fallocate"):                            # a disk that is full says so now
+                os.posix_fallocate(file.fileno(), 0, int(np.prod(shape)))
             self.answers = torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=shape))
         else:
             place = self.device if self.cache == "device" else "cpu"

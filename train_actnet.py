@@ -126,6 +126,8 @@ class Config:
                 raise DataError(f"{flag(key)}: --method {self.method} has no teacher; kd and act do")
         if self.teacher_ckpt and self.teacher_along:
             raise DataError("--teacher-ckpt and --teacher-along: give one of them")
+        if self.rounds > 1 and (self.method != "act" or self.teacher_along):
+            raise DataError(f"--rounds {self.rounds}: a co-teacher answers anew, with --method act and cached answers")
         for key in ("student", "teacher"):
             depth, base = getattr(self, key)
             if depth > 12 or base * 2**(depth - 1) > 4096:
@@ -158,7 +160,7 @@ PRESETS = {
                  stages=(100, 150, 350), teacher=(4, 16), student=(4, 8), lr=0.01, ema=0.95, val_every=150,
                  log_every=10),
 }
-MAY_CHANGE = {"iters", "minutes", "gpu", "cpu", "out", "data", "table"}          # on --resume
+MAY_CHANGE = {"iters", "minutes", "save_minutes", "gpu", "cpu", "out", "data", "table"}          # on --resume
 
 
 def shape_of(cfg):
@@ -176,17 +178,20 @@ class Stage(NamedTuple):
         return self.start + self.steps
 
 
+STAGES = dict(sup=(0, 1, 0), mt=(0, 1, 1), kd=(1, 1, 1), act=(1, 1, 1))            # teacher, student, co-teaching
+
+
 def count_steps(cfg):
-    """--iters and --stages -> the steps of teacher, student and co-teaching; 0 where the method leaves one out."""
-    parts = list(cfg.stages)
-    if cfg.method not in ("kd", "act") or cfg.teacher_ckpt or cfg.teacher_along:
+    """--iters and --stages -> the steps of teacher, student and co-teaching; 0 where the run leaves one out."""
+    parts = [part * wanted for part, wanted in zip(cfg.stages, STAGES[cfg.method], strict=True)]
+    if cfg.teacher_ckpt:
         parts[0] = 0
-    if cfg.init or cfg.teacher_along:
+    if cfg.init and cfg.method != "sup":
         parts[1] = 0
-    if cfg.method == "sup":
-        parts = [0, 1, 0]
-    elif cfg.teacher_along or not any(parts):
+    if cfg.teacher_along:
         parts = [0, 0, 1]
+    if not any(parts[1:]):                                  # of the stages that are left only one can be meant
+        parts = [0, 1, 0] if cfg.method == "sup" else [parts[0], 0, 1]
     steps = [max(1, cfg.iters * part // sum(parts)) if part else 0 for part in parts]
     steps[steps.index(max(steps))] += cfg.iters - sum(steps)                    # what rounding left, or took too much
     if any(part and n < 1 for part, n in zip(parts, steps, strict=True)):
@@ -229,10 +234,11 @@ class ActNet:
         bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and models.bf16_pays(device))
         self.precision = "bf16" if bf16 else "fp32"
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-        if "coteacher" in nets:
-            states = [list(nets[name].state_dict().values()) for name in ("coteacher", self.learner)]
-            self.averaged, self.copied = ([[v for v in state if v.is_floating_point() == real] for state in states]
-                                          for real in (True, False))
+        if "coteacher" in nets:                                            # batch norm's counters are copied
+            def tensors(name, real):
+                return [v for v in nets[name].state_dict().values() if v.is_floating_point() == real]
+            self.averaged = tensors("coteacher", True), tensors(self.learner, True)
+            self.copied = tensors("coteacher", False), tensors(self.learner, False)
         trained = [self.learner] + ["teacher"] * self.along
         parameters = [p for name in trained for p in nets[name].parameters()]
         if cfg.optimizer == "adamw":
@@ -245,12 +251,12 @@ class ActNet:
         if world()[1] > 1:
             self.wrapped |= {name: distributed.parallel(self.wrapped[name]) for name in trained}
 
-    def step(self, step, x, y, t, rng, mark=lambda part: None):
+    def step(self, step, x, y, answers, rng, mark=lambda part: None):
         """One step on a batch of Slices -> TERMS (6,) float on the device. Waits for nothing; `mark` is told when a
         part's work has been issued."""
         cfg, n_labeled, local = self.cfg, len(y), step - self.stage.start
-        pseudo, rank, processes = cfg.consistency == "pseudo", *world()
-        coteacher, teacher = self.wrapped.get("coteacher"), self.wrapped["teacher"] if self.along else None
+        rank, processes = world()
+        pseudo, coteacher = cfg.consistency == "pseudo", self.wrapped.get("coteacher")
         for group in self.optimizer.param_groups:
             group["lr"] = cfg.lr * max(0, 1 - local / self.stage.steps) ** 0.9
         ramp = math.exp(-5 * (1 - min(1, local / max(1, cfg.ramp * self.stage.steps))) ** 2) if cfg.ramp else 1.0
@@ -268,7 +274,7 @@ class ActNet:
         x_l = see(x[:n_labeled], 1.0)[mine] if self.along else None
         mark("data")
 
-        c, t_seg, answered = None, None, t is not None
+        c, t_seg, t = None, None, answers
         with self.autocast:
             s = gather(self.wrapped[self.learner](x_s))                                     # (B, C, S, S) logits
             mark("student")
@@ -277,7 +283,7 @@ class ActNet:
                     c = augment.mix(gather(coteacher(x_c)), boxes)                          # (B or B - L, C, S, S)
             mark("coteacher")
             if self.along:
-                t_seg, t = self.teach(teacher, x_l, x_t)
+                t_seg, t = self.teach(x_l, x_t)
             t = augment.mix(t, boxes) if t is not None else None
         mark("teacher")
 
@@ -286,8 +292,8 @@ class ActNet:
         dice, ce, kd, co = student_loss(s, y, t, None if pseudo else c, tau=cfg.tau, distill=cfg.distill,
                                         expected_grads=[processes * w for w in weights], **dice_kind)
         if c is not None and pseudo:
-            answers = [c, t[n_labeled:]] if answered else [c]                    # a teacher trained along lags behind c
-            sure, hard = torch.stack([a.float().softmax(1) for a in answers]).mean(0).max(1)     # (B - L, H, W)
+            said = [c] if answers is None else [c, t[n_labeled:]]                # a teacher trained along lags behind c
+            sure, hard = torch.stack([a.float().softmax(1) for a in said]).mean(0).max(1)        # (B - L, H, W)
             co = co + sum(dice_ce(s[n_labeled:], hard.masked_fill(sure < cfg.confidence, -100), **dice_kind))
         loss = sum(w * term for w, term in zip(weights, (dice, ce, kd, co), strict=True))    # L_stu
         teacher_seg = s.new_zeros(()) if t_seg is None else sum(dice_ce(t_seg, y, **dice_kind))        # its own L_seg
@@ -304,9 +310,9 @@ class ActNet:
         mark("ema")
         return torch.stack([v.detach().float() for v in (loss, dice, ce, kd, co, teacher_seg)])
 
-    def teach(self, teacher, x_l, x_t):
+    def teach(self, x_l, x_t):
         """A teacher that trains along: its logits of the labelled slices, to learn from, and of all, detached."""
-        answers = []
+        teacher, answers = self.wrapped["teacher"], []
         if x_t is not None:
             self.nets["teacher"].eval()
             with torch.no_grad():
@@ -342,7 +348,9 @@ def read_val(root):
 def prepare(cfg):
     """The checks of a run before anything is written -> its device and slices."""
     gpu = None if cfg.cpu else distributed.local_gpu()
-    device = pick_device(gpu if gpu is not None else None if cfg.gpu == -1 else cfg.gpu, cfg.cpu)
+    if gpu is None and cfg.gpu >= 0:
+        gpu = cfg.gpu
+    device = pick_device(gpu, cfg.cpu)
     if device.type == "cuda":
         torch.cuda.set_device(device)                       # what has no tensor to go by: events, pinned memory, bf16?
     stages = list_stages(cfg)
@@ -377,10 +385,17 @@ def load_teacher(path, cfg):
     for key, wanted in (("in_channels", 1), ("num_classes", len(data_prep.CLASSES) + 1)):
         if net.architecture[key] != wanted:
             raise DataError(f"--teacher-ckpt {path}: {key} {net.architecture[key]}, the student's is {wanted}")
+    if not all(v.isfinite().all() for v in net.state_dict().values()):
+        raise DataError(f"--teacher-ckpt {path}: its weights are not finite")
     inference = {key: checkpoint["inference"][key] for key in ("size", "view")}
     if inference["view"] != cfg.view:
         raise DataError(f"--teacher-ckpt {path}: looks at the {inference['view']}, the run at the {cfg.view} (--view)")
     return net.requires_grad_(False), inference
+
+
+def teacher_files(cfg):
+    """The names of the teachers in the run's folder: the one of stage 1, or copies of --teacher-ckpt."""
+    return ["teacher.pt", *(f"teacher-{i}.pt" for i in range(2, len(cfg.teacher_ckpt) + 1))]
 
 
 def describe_commit():
@@ -451,13 +466,16 @@ class Run:
         self.began = self.saved = time.perf_counter()
         self.start_step, self.bar, self.asked = self.done, None, []
         self.scores = resume["scores"] if resume else {}                            # of the last validation
-        self.initial = self.load_learner(cfg.init) if cfg.init and not resume else None
-        going = [stage for stage in self.stages if self.done < stage.end]
-        self.entered = self.enter(going[0]) if resume and going else None           # a state that does not fit: now
-        self.about = self.describe()                         # now: the code may change while it runs
-        given = [] if resume else [load_teacher(path, cfg) and Path(path) for path in cfg.teacher_ckpt]
+        todo = [stage for stage in self.stages if self.done < stage.end]
+        self.entered = self.enter(todo[0]) if resume and todo else None    # a state that does not fit is refused before
+        self.about = self.describe()                                       # anything is written
+        if not resume:
+            for path in cfg.teacher_ckpt:
+                load_teacher(path, cfg)
+            if cfg.init:
+                self.load_learner(cfg.init)
         if self.main:
-            self.open_folder(given)
+            self.open_folder()
 
     def load_learner(self, path):
         """-> the weights of a checkpoint that the learner goes on from."""
@@ -482,13 +500,15 @@ class Run:
                 about["command"] = f"{first} && {about['command']}"
         return about
 
-    def open_folder(self, teachers):
+    def open_folder(self):
         cfg = self.cfg
-        if not self.resumed:
+        if not self.resumed:                                             # copies: a resumed run needs no other file
+            (self.folder / "start.pt").unlink(missing_ok=True)           # of a run that died before it had a checkpoint
             data_prep.write_atomic(self.folder / "config.json", (json.dumps(self.about, indent=1) + "\n").encode())
-            for i, path in enumerate(teachers):                          # a copy: what answers are made from is saved
-                name = f"teacher-{i + 1}.pt" if i else "teacher.pt"
-                data_prep.write_atomic(self.folder / name, path.read_bytes())
+            for name, path in zip(teacher_files(cfg), cfg.teacher_ckpt, strict=False):
+                data_prep.write_atomic(self.folder / name, Path(path).read_bytes())
+            if cfg.init:
+                data_prep.write_atomic(self.folder / "start.pt", Path(cfg.init).read_bytes())
         (self.folder / "summary.json").unlink(missing_ok=True)
         keep_log_until(self.folder / "log.csv", self.done)
         names = {1: "teacher", 2: cfg.network, 3: "co-teaching"}
@@ -505,10 +525,8 @@ class Run:
         if stage.number == 1:
             return dict(teacher=UNet(*cfg.teacher).to(self.device, **layout))
         learner = UNet(*shape_of(cfg)).to(self.device, **layout)
-        if stage.number == 3 and any(s.number == 2 for s in self.stages):                # goes on from its best on val
-            learner.load_state_dict(self.load_learner(self.folder / "best.pt"))
-        elif self.initial:
-            learner.load_state_dict(self.initial)
+        if (stage.number == 3 or cfg.init) and (self.folder / "start.pt").exists():
+            learner.load_state_dict(self.load_learner(self.folder / "start.pt"))
         nets = {cfg.network: learner}
         if stage.number == 3 and cfg.method in ("mt", "act"):
             nets["coteacher"] = deepcopy(learner).eval().requires_grad_(False)
@@ -517,18 +535,24 @@ class Run:
         return nets
 
     def enter(self, stage):
-        """-> the stage's ActNet, as the run's step left it or as the stage begins."""
+        """-> the stage's ActNet, as the run's step left it or as the stage begins: stage 3 from stage 2's best on val,
+        which is kept apart, since stage 3 finds better ones."""
+        start = self.folder / "start.pt"
+        follows = stage.number == 3 and any(s.number == 2 for s in self.stages)
+        if self.main and follows and not start.exists():
+            data_prep.write_atomic(start, (self.folder / "best.pt").read_bytes())
         distributed.barrier()                                                # what the first process wrote is there
         nets = self.networks(stage)
         actnet = ActNet(self.cfg, self.device, stage, nets, self.slices.noise)
-        if self.resume and (self.done > stage.start or self.done == 0):                  # otherwise it begins here
-            models.restore(self.resume, nets, actnet.optimizer if self.done else None, self.cfg.out)
+        if self.resume and self.done > stage.start:
+            models.restore(self.resume, nets, actnet.optimizer, self.cfg.out)
         self.resume = None                                                                # gigabytes, perhaps
         return actnet
 
     def learn(self, stage):
         """The steps of a stage, from the run's step on. Returns whether it came to its end."""
-        actnet, self.entered = self.entered or self.enter(stage), None
+        actnet = self.entered or self.enter(stage)
+        self.entered = None
         self.slices.begin(stage)
         for begin, end in list_rounds(self.cfg, stage):
             if self.done >= end:
@@ -542,13 +566,12 @@ class Run:
     def collect_answers(self, actnet, begin):
         """Ask the teachers, from the second round on with the co-teacher, about every slice. Returns False where the
         run was asked to stop."""
-        cfg, slices, renewal = self.cfg, self.slices, self.folder / "renewal.pt"
+        cfg, slices, renewal = self.cfg, self.slices, self.folder / f"renewal-{begin}.pt"
         if self.main and self.done == 0:
             self.save(actnet)                                                     # so that a run stopped here goes on
-        nets = [load_teacher(path, cfg) for path in sorted(self.folder.glob("teacher*.pt"))]
-        data_prep.require(nets, self.folder / "teacher.pt", "absent, and it answers in co-teaching", "put it back")
-        if begin > actnet.stage.start and "coteacher" in actnet.nets:
-            if self.main and self.done == begin:
+        nets = [load_teacher(self.folder / name, cfg) for name in teacher_files(cfg)]
+        if begin > actnet.stage.start:
+            if self.main and (self.done == begin or not renewal.exists()):
                 save_checkpoint(renewal, self.content({"coteacher": actnet.nets["coteacher"]}))
             distributed.barrier()
             nets.append((load_model(renewal)[0], self.inference))
@@ -570,7 +593,7 @@ class Run:
     def stopping(self):
         """Whether a signal, --minutes or one of the other processes asks to stop."""
         late = 0 < 60 * self.cfg.minutes < time.perf_counter() - self.began
-        return distributed.any_of(bool(self.asked) or late, self.device) if world()[1] > 1 else bool(self.asked) or late
+        return distributed.any_of(bool(self.asked) or late, self.device)
 
     def train_until(self, actnet, end):
         """Steps of the stage up to `end`. Returns False where the run was asked to stop, and has saved."""
@@ -650,13 +673,11 @@ class Run:
 
     def validate(self, actnet):
         """Score the stage's networks on val, keep the best -> the row's columns."""
-        ended = self.done == self.cfg.iters
-        names = [name for name in actnet.nets if name != "teacher" or actnet.learner == "teacher" or ended]
+        names = [name for name in actnet.nets if name != "teacher" or not actnet.along]
+        told = names + ["teacher"] * (actnet.along and self.done == self.cfg.iters)       # at the end, never kept
         searches, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # not for val's shapes
-        self.scores = {name: evaluate.validate(actnet.nets[name], self.volumes, self.inference) for name in names}
+        self.scores = {name: evaluate.validate(actnet.nets[name], self.volumes, self.inference) for name in told}
         torch.backends.cudnn.benchmark = searches
-        if actnet.along and ended:
-            names.remove("teacher")                                                                 # told, never kept
         better = max(names, key=lambda name: np.mean(self.scores[name]["dice"]))
         score = float(np.mean(self.scores[better]["dice"]))
         if score > self.best.get(actnet.learner, {}).get("score", -1.0):
@@ -824,7 +845,9 @@ def resolve(given):
         if preset or demo:
             raise DataError(f"--resume {folder}: --{'preset' if preset else 'demo'} may not change within a run")
         return resolve_resumed(given, folder)
-    usual = PRESETS.get("demo" if demo else preset, {})
+    usual = dict(PRESETS.get("demo" if demo else preset, {}))
+    if given.get("method") in ("sup", "mt") or given.get("teacher_ckpt"):        # the protocol's other rows
+        usual.pop("teacher_along", None)
     if "batch" in given:                                                     # the shares of a batch follow it
         share = Config(**usual)
         if given.get("method", share.method) == "sup":
@@ -833,6 +856,8 @@ def resolve(given):
             given.setdefault(key, max(1, given["batch"] * getattr(share, key) // share.batch))
     cfg = Config(**{**usual, **given})
     cfg = replace(cfg, stages=count_steps(cfg))
+    if wants_answers(cfg, list_stages(cfg)[-1]) and not (cfg.stages[0] or cfg.teacher_ckpt):
+        raise DataError("--stages: no teacher stage, and no --teacher-ckpt to answer in its place")
     if not cfg.out:
         base = f"runs/{'demo-' if demo else ''}{cfg.method}-{cfg.labeled}-seed{cfg.seed}"
         names = [base] + [f"{base}-{i}" for i in range(2, 1000)]
@@ -856,11 +881,12 @@ def resolve_resumed(given, folder):
     where = {"cpu": False} if "gpu" in given else {"gpu": -1} if "cpu" in given else {}
     before = Config(**saved)
     cfg = replace(before, **{**where, **given, "out": folder})
-    last = list_stages(before)[-1] if sum(before.stages) == before.iters and any(before.stages) else None
-    if last is None or cfg.iters <= last.start:
-        raise DataError(f"--iters {cfg.iters}: must go beyond the start of the last stage")
-    steps = list(before.stages)
-    steps[last.number - 1] = cfg.iters - last.start                                     # more steps lengthen the last
+    if sum(before.stages) != before.iters:
+        raise DataError(f"--resume {folder}: its stages do not add up to its --iters {before.iters}")
+    if cfg.iters < before.iters:
+        raise DataError(f"--iters {cfg.iters}: the run has {before.iters}, and can only be made longer")
+    last, steps = list_stages(before)[-1], list(before.stages)
+    steps[last.number - 1] += cfg.iters - before.iters                                  # more steps lengthen the last
     return replace(cfg, stages=tuple(steps)), resume
 
 
@@ -880,9 +906,10 @@ def run_once(given):
         if folder is not None and rank == 0:
             held.enter_context(data_prep.locked_folder(Path(folder)))                           # before it is read
         cfg, resume = resolve(given)
-        made = not demo or rank > 0 or (Path(cfg.data) / "manifest.json").exists()
-        if not made and (code := phantom.prepare_demo(cfg.data)):
-            return code
+        if demo and rank == 0 and not (Path(cfg.data) / "manifest.json").exists():
+            code = phantom.prepare_demo(cfg.data)
+            if code:
+                return code
         cfg = replace(cfg, out=distributed.shared(cfg.out))
         if folder is None and rank == 0:
             held.enter_context(data_prep.locked_folder(Path(cfg.out)))

@@ -307,6 +307,30 @@ def test_sigterm_to_the_whole_process_group(data, tmp_path):
     assert re.match(r"stopped at step \d+ \(SIGTERM\)", text.splitlines()[-1])
 
 
+def die_validating(n):
+    """SIGKILL after the n-th validation, whose better networks are in best.pt and not yet in last.pt."""
+    calls, real = itertools.count(1), train_actnet.Run.validate
+
+    def counted(self, actnet):
+        row = real(self, actnet)
+        if next(calls) == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return row
+    train_actnet.Run.validate = counted
+
+
+@pytest.mark.parametrize("n", [2, 5, 8, 9])
+def test_a_run_killed_between_its_best_and_its_last_equals_the_unbroken_one(server, data, unbroken, tmp_path, n):
+    """Validations at 7, 10, 14, ..., 40, 42, 49, 56, 60; checkpoints at the stages' ends alone: 10, 40, 60."""
+    run = tmp_path / "run"
+    seldom = arguments(data, run, *LONG, "--save-minutes", 60)
+    assert Child(server, "train_actnet", seldom, partial(die_validating, n)).end()[0] == -signal.SIGKILL
+    again = ["--resume", run] if (run / "last.pt").exists() else seldom
+    code, text = Child(server, "train_actnet", again).end()
+    assert code == 0, text
+    assert fingerprint(run) == unbroken
+
+
 def die_asking(n):
     """SIGKILL, or with -n SIGTERM, in the n-th question to the teachers: sixteen slices each."""
     calls, real = itertools.count(1), train_actnet.ask
@@ -511,7 +535,7 @@ BAD_LAST = {
     "config of other types": (changed(config__batch="many"), ("--batch", "many")),
     "config with NaN": (changed(config__lr=math.nan), ("--lr", "nan")),
     "no config": (changed(config=None), ("config",)),
-    "other widths": (changed(config__student=(2, 5)), ("best.pt", "fit")),
+    "other widths": (changed(config__student=(2, 5)), ("start.pt", "fit")),
     "a network less": (without("networks", "coteacher"), ("fit", "coteacher")),
     "no optimiser": (changed(optimizer={}), ("fit",)),
     "optimiser of nothing": (changed(optimizer__state={}), ("fit", "optimiser")),

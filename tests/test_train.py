@@ -328,7 +328,8 @@ def test_terms_of_each_method(data, tmp_path, method, more, present):
     files = {"config.json", "log.csv", "curves.png", "best.pt", "last.pt", "previous.pt", "summary.json"}
     files |= {"teacher.pt"} if rows[0]["stage"] == 1 or "--network" in more else set()
     files |= {"student.pt"} if "--network" not in more else set()
-    files |= {"renewal.pt"} if "--rounds" in more else set()
+    files |= {"renewal-6.pt"} if "--rounds" in more else set()
+    files |= {"start.pt"} if {2, 3} <= {row["stage"] for row in rows} else set()
     assert {p.name for p in (tmp_path / "run").iterdir()} == files
     written = json.loads((tmp_path / "run" / "config.json").read_text())
     assert written["labeled_patients"][:2] == ["patient099", "patient038"]
@@ -345,6 +346,7 @@ def test_stages_share_the_steps():
     assert steps(teacher_ckpt=("t.pt",)) == (0, 75, 25)
     assert steps(init="s.pt") == (50, 0, 50)
     assert steps(init="s.pt", teacher_ckpt=("t.pt",)) == steps(teacher_along=True) == (0, 0, 100)
+    assert steps(method="sup", init="s.pt", stages=(1, 0, 1)) == (0, 100, 0)
     assert steps(iters=7, stages=(1, 1, 1)) == (3, 2, 2)
     assert steps(iters=3, stages=(1, 100, 1)) == (1, 1, 1)
     with pytest.raises(train_actnet.DataError, match="--iters 2"):
@@ -421,6 +423,31 @@ def test_several_teachers_answer_and_stay(data, tmp_path, monkeypatch):
         Path(path).unlink()
     assert main(["--resume", str(tmp_path / "run"), "--iters", "6"]) == 0
     assert len(asked[-1]) == 2
+
+
+def test_a_start_is_remembered(data, tmp_path):
+    """--init of a run that stops in its teacher stage: co-teaching begins there after a resume too."""
+    run(data, tmp_path / "first", "--method", "sup")
+    init = tmp_path / "first" / "best.pt"
+    options = ["--init", init, "--lr", 1e-12, "--stages", 1, 0, 1]
+    run(data, tmp_path / "then", *options, "--minutes", 1e-9)
+    assert load_checkpoint(tmp_path / "then" / "last.pt")["step"] == 1
+    before = load_model(init)[0]
+    init.unlink()
+    assert main(["--resume", str(tmp_path / "then"), "--minutes", "0"]) == 0
+    after = load_model(tmp_path / "then" / "best.pt", which="student")[0]
+    torch.testing.assert_close(after.head.weight, before.head.weight)
+
+
+@pytest.mark.parametrize(("options", "steps"), [
+    (["--method", "sup"], (0, 30000, 0)), (["--method", "mt"], (0, 18000, 12000)),
+    (["--method", "sup", "--network", "teacher"], (0, 30000, 0)), ([], (0, 0, 30000)),
+    (["--teacher-ckpt", "t.pt"], (0, 18000, 12000))])
+def test_the_papers_protocol_has_each_method(options, steps):
+    cfg, _ = train_actnet.resolve(train_actnet.parse(["--preset", "paper", "--out", "absent", *options]))
+    assert cfg.stages == steps
+    assert cfg.teacher_along == (steps == (0, 0, 30000))
+    assert cfg.view == "whole"
 
 
 def test_a_student_is_no_teacher(data, tmp_path, capsys):
@@ -757,6 +784,8 @@ def test_files_of_others_are_left_alone(data, tmp_path, monkeypatch, capsys):
     (["--data", "nowhere"], "nowhere"),
     (["--resume", "nowhere"], "nowhere"),
     (["--iters", "0"], "--iters 0"),
+    (["--stages", "0", "1", "1"], "--teacher-ckpt"),
+    (["--rounds", "2", "--method", "kd"], "--rounds 2"),
     (["--size", "0"], "--size 0"),
     (["--out", "file/run"], "file"),
 ])
