@@ -446,7 +446,15 @@ def heed_signals():
 
 
 class Run:
-    """What the stages of a run share: slices and val, the folder and its files, the clock, the best on val."""
+    """What the stages of a run share: slices and val, the clock, the best on val, and the folder, which receives
+
+        config.json, start.pt (--init), teacher*.pt (--teacher-ckpt)      before the first step
+        log.csv                                                           every --log-every steps
+        teacher.pt in stage 1, then best.pt                               at a validation that is better
+        last.pt, the one before it as previous.pt; curves.png             a stage's end, a stop, a minute after the last
+        start.pt; renewal-STEP.pt                                         as stage 3 begins; as its next round begins
+        student.pt, summary.json, a row of --table                        at the end
+    """
 
     def __init__(self, cfg, resume):
         self.cfg, self.resume, self.folder, self.main = cfg, resume, Path(cfg.out), world()[0] == 0
@@ -565,7 +573,7 @@ class Run:
 
     def collect_answers(self, actnet, begin):
         """Ask the teachers, from the second round on with the co-teacher, about every slice. Returns False where the
-        run was asked to stop."""
+        run was asked to stop (Ctrl-C, --minutes): what was asked is asked again, the last checkpoint holds the rest."""
         cfg, slices, renewal = self.cfg, self.slices, self.folder / f"renewal-{begin}.pt"
         if self.main and self.done == 0:
             self.save(actnet)                                                     # so that a run stopped here goes on
@@ -868,7 +876,11 @@ def resolve(given):
 
 
 def resolve_resumed(given, folder):
-    """--resume FOLDER and what was given beside it -> (Config, its last checkpoint)."""
+    """--resume FOLDER and what was given beside it -> (Config, its last checkpoint).
+
+    Checked before anything is written: the state itself (models.load_last), that no option but MAY_CHANGE differs, the
+    stages; then the data and that the weights fit (Run).
+    """
     resume = models.load_last(Path(folder))
     saved = resume["config"]
     unknown = saved.keys() ^ {f.name for f in fields(Config)}
