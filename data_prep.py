@@ -175,7 +175,7 @@ def judge(path, measured, spacing):
     judged = enough[[1, 0, 0, 1]] & enough[[2, 1, 2, 2]]  # the two classes that each of FACTS is about
     values = np.array([touching[3], touching[1], right, brighter])
     for (what, (gross, usual)), value in itertools.compress(zip(FACTS.items(), values, strict=True), judged):
-        text = f"{value:.2f} {what}, in ACDC {usual[0]} to {usual[1]}"
+        text = f"{value:.2f} {what}, usual is {usual[0]} to {usual[1]}"
         remedy = "is the annotation mirrored, shifted, or not 1 RV, 2 MYO, 3 LV?"
         require(not (value < gross[0] or value > gross[1]), path, text, remedy)
         if value < usual[0] or value > usual[1]:
@@ -258,12 +258,12 @@ def same_numbers(a, b):
 
 def check_grid(path, truth, image):
     """Two nibabel images, the annotation PATH and its image, lie on one grid; an affine of ones counts as not given."""
-    zooms, expected = ([float(z) for z in i.header.get_zooms()[:3]] for i in (truth, image))
     remedy = "resample the annotation to the image, or fetch both again"
-    require(same_numbers(zooms, expected), path, f"zooms {zooms}, but the image's are {expected}", remedy)
     given = all(i.header["sform_code"] or i.header["qform_code"] for i in (truth, image))
     same = not given or same_numbers(truth.affine, image.affine) or np.array_equal(truth.affine, np.eye(4))
     require(same, path, "mirrored, turned or shifted: its affine is not the image's", remedy)
+    zooms, expected = ([round(float(z), 4) for z in i.header.get_zooms()[:3]] for i in (truth, image))
+    require(same_numbers(zooms, expected), path, f"zooms {zooms}, but the image's are {expected}", remedy)
 
 
 def read_frame(path, needs_label, warnings):
@@ -648,11 +648,11 @@ def check(root):
         with noted(faults):
             image, label, attrs = read_h5(root / file, 2 if "_slice_" in name else 3)
             require(label is not None or owners[name[:10]] == "official", root / file, "holds no label")
+            same = file not in sums or sums[file] == checksum(image, label)
+            require(same, root / file, "the content is not what manifest.json says")
             if label is not None:
                 before = volumes[name[:18]][0] if name[:18] in volumes else 0
                 volumes[name[:18]] = before + measure(image, label), attrs.get("spacing"), root / file
-            same = file not in sums or sums[file] == checksum(image, label)
-            require(same, root / file, "the content is not what manifest.json says")
     check_volumes(volumes, faults)
     return faults
 

@@ -99,7 +99,7 @@ def find_images(paths):
     """Files, and folders of them, to {NIfTI file: name of its results, relative, without extension}, no name twice.
 
     Names are the files' own, or from the folder given on; where two would be the same, from the deepest folder that
-    holds all, or from the drives; where even those are (scan.nii and scan.nii.gz), with the extension. Raises DataError.
+    holds all; where even those are (scan.nii and scan.nii.gz), with the extension. Raises DataError.
     """
     sources, names = {}, {}                                            # of each file once, whatever ways lead to it
     for path in map(Path, paths):
