@@ -80,10 +80,10 @@ def list_images(path):
             scans.append(file)
     left = len(found) - len(scans)
     if not scans:
-        names = f" but {left} label maps by their names; rename what is a scan" if left else "; dcm2niix converts DICOM"
+        names = f" but label maps by their names, {left}; rename the scans" if left else "; dcm2niix converts DICOM"
         raise DataError(f"{path}: holds no .nii or .nii.gz to segment{names}")
     if left:
-        print(f"{path}: {left} label maps left out, by their names")
+        print(f"{path}: label maps left out, by their names: {left}")
     return scans
 
 

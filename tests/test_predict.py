@@ -362,10 +362,10 @@ def test_label_maps_hidden_and_linked_folders(capsys, tmp_path):
     os.symlink(tmp_path / "in", tmp_path / "in" / "loop")
     expected = sorted(("UPPER", "imagesTr/case_001_0000", "link/linked", "p1.nii/inner", "sa_ED", "segovia"))
     assert sorted(names_of(tmp_path / "in")) == expected
-    assert capsys.readouterr().out == f"{tmp_path}/in: 6 label maps left out, by their names\n"
+    assert capsys.readouterr().out == f"{tmp_path}/in: label maps left out, by their names: 6\n"
     assert names_of(tmp_path / "in" / "p1.nii") == ["inner"]
     assert names_of(tmp_path / "in" / "x-mask.nii") == ["x-mask"]                       # asked for by name
-    with pytest.raises(predict.DataError, match="but 1 label maps by their names"):
+    with pytest.raises(predict.DataError, match="but label maps by their names, 1; rename"):
         predict.find_images([tmp_path / "in" / "a"])
 
 
