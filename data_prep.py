@@ -15,6 +15,7 @@ Is the Problem Solved?", IEEE TMI 37(11), 2018. Layout and split: https://github
 import argparse
 import errno
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing.connection
@@ -59,7 +60,15 @@ MAX_VOXELS = 2**28  # 1 GiB in float32; a cine of 256 x 256 x 10 x 30 has 2**24
 DEFLATE = 1100  # zlib shrinks 1032 times at most: a file that claims more than that lies
 NIFTI_STARTS = {n.to_bytes(4, order) for n in (348, 540) for order in ("little", "big")}  # the header's own length
 FETCH, AGAIN = "fetch the file again", "prepare the data again"  # remedies
+RESTORE = "restore it from the release"
 MAX_TAIL = 2**20  # bytes that a .nii.gz may hold behind its voxels
+FEW = 30  # pixels of a class, below which nothing is judged by it
+FACTS = {  # what an annotated volume has: refused outside of the first range, warned about outside of the second
+    "of the LV's border touches the MYO": ((0.1, 1), (0.96, 1)),  # 164 volumes of ACDC: 0.987 to 1
+    "of the RV's border touches the MYO": ((0.02, 0.75), (0.1, 0.55)),  # 0.172 to 0.440
+    "mm from the RV's centre right to the LV's": ((0, 120), (4, 75)),  # 9.5 to 53.7, in pixels 5.6 to 62.8
+    "standard deviations from the MYO's intensity up to the LV's": ((-9, 9), (0.8, 9)),  # 1.09 to 2.22
+}
 
 
 class DataError(Exception):
@@ -117,13 +126,19 @@ def readable(path, remedy=AGAIN):
     except DataError:
         raise
     except Exception as e:  # it can be anything
+        if isinstance(e, BlockingIOError) or re.search("unable to lock|already open", str(e)):  # HDF5's
+            remedy = "another process has it open: close it there and run again"
+        elif isinstance(e, PermissionError):
+            remedy = "give yourself the right to read it"
         raise DataError(f"{path}: cannot be read ({one_line(e)}); {remedy}") from None
 
 
 def require_room(path, numbers, claim, remedy=AGAIN):
     """Before an array of so many numbers is allocated: it is not empty, and no larger than the file can hold."""
-    room = min(MAX_VOXELS, DEFLATE * os.path.getsize(path))
+    room = DEFLATE * os.path.getsize(path)
     require(0 < numbers <= room, path, f"{claim}, more than the file can hold", remedy)
+    ours = f"{claim}, above the limit of {MAX_VOXELS} voxels that is ours"
+    require(numbers <= MAX_VOXELS, path, ours, "cut it to the heart or into parts, or raise MAX_VOXELS in data_prep.py")
 
 
 def checked_label(path, label, image, remedy=AGAIN):
@@ -132,13 +147,50 @@ def checked_label(path, label, image, remedy=AGAIN):
     return label.astype(np.uint8, copy=False)
 
 
+def measure(image, label):
+    """(..., Y, X) each -> (7, 4), which adds up over the slices of a volume: how often a pixel of class i has a
+    neighbour of class j in its slice (4, 4); of RV, MYO, LV pixels, columns, intensities, their squares (3, 4)."""
+    rows = np.zeros((7, 4))
+    for axis in (-2, -1):
+        a = label.swapaxes(axis, -1)
+        pairs = np.bincount((4 * a[..., :-1] + a[..., 1:]).ravel(), minlength=16).reshape(4, 4)
+        rows[:4] += pairs + pairs.T
+    for k in (1, 2, 3):
+        inside = label == k
+        values = image[inside].astype(float)
+        rows[3 + k] = values.size, np.nonzero(inside)[-1].sum(), values.sum(), (values**2).sum()
+    return rows
+
+
+def judge(path, measured, spacing):
+    """A volume's measure() -> warnings, where it lies at the edge of FACTS; DataError beyond. What is not labelled,
+    or on few pixels, is not judged; without spacing, pixels are taken for mm."""
+    pairs, (rv, myo, lv), warnings = measured[:4], measured[4:], []
+    enough = measured[4:, 0] >= FEW
+    with np.errstate(divide="ignore", invalid="ignore"):  # NaN is neither below nor above
+        touching = pairs[:, 2] / (pairs.sum(1) - pairs.diagonal())
+        right = (lv[1] / lv[0] - rv[1] / rv[0]) * (spacing[-1] if spacing else 1)
+        n, _, total, squares = lv + myo
+        brighter = (lv[2] / lv[0] - myo[2] / myo[0]) / np.sqrt(squares / n - (total / n) ** 2)
+    judged = enough[[1, 0, 0, 1]] & enough[[2, 1, 2, 2]]  # the two classes that each of FACTS is about
+    values = np.array([touching[3], touching[1], right, brighter])
+    for (what, (gross, usual)), value in itertools.compress(zip(FACTS.items(), values, strict=True), judged):
+        text = f"{value:.2f} {what}, usual is {usual[0]} to {usual[1]}"
+        remedy = "is the annotation mirrored, shifted, or not 1 RV, 2 MYO, 3 LV?"
+        require(not (value < gross[0] or value > gross[1]), path, text, remedy)
+        if value < usual[0] or value > usual[1]:
+            warnings.append(f"{path}: {text}; {remedy}")
+    return warnings
+
+
 # ------------------------------------------------------------------------------------------------------------------ raw
 
 
 def load_nifti(path):
     """NIfTI -> (array (Z, Y, X) or (T, Z, Y, X) in the file's dtype, spacing (z, y, x) in mm, the nibabel image).
 
-    Spacing is the header's zooms; ACDC's affine says 1 mm whatever the truth. A slope of NaN means unscaled.
+    Spacing is the header's zooms; ACDC's affine says 1 mm whatever the truth. A slope of NaN means unscaled. Time may
+    be the fifth axis (x, y, z, 1, t), and axes of one voxel may follow.
     Raises DataError: unreadable, neither 3D nor 4D, not finite numbers, no spacing, or too large (told by the header,
     before anything is allocated).
     """
@@ -149,15 +201,19 @@ def load_nifti(path):
         require(not (plain and zipped), path, "not compressed", "rename it to .nii, or compress it with gzip")
         image = nib.load(path)
         shape, dtype = image.shape, image.get_data_dtype()
-        numbers = len(shape) in (3, 4) and min(shape) > 0 and dtype.kind in "iuf"
-        require(numbers, path, f"{dtype} of shape {shape} is not a 3D or 4D image", FETCH)
+        kind = f"{dtype} of shape {shape} is not a 3D or 4D image"
+        require(min(shape, default=0) > 0, path, kind, FETCH)
+        time = [n for n in shape[3:] if n > 1] or [1] * (len(shape) > 3)
+        numbers = len(shape) >= 3 and len(time) < 2 and dtype.kind in "iuf"
+        require(numbers, path, kind, "give numbers, one a voxel, as (x, y, z) or (x, y, z, t)")
         require_room(path, math.prod(shape), f"the header claims {shape}", FETCH)
-        array = read_voxels(path, image, zipped)
+        array = read_voxels(path, image, zipped).reshape(*time, *shape[2::-1])
         with (image.file_map.get("header") or image.file_map["image"]).get_prepare_fileobj("rb") as f:
             header = type(image.header).from_fileobj(f, check=False)  # checked, a zoom of 0 would become 1 mm
         spacing = tuple(abs(float(z)) for z in header.get_zooms()[2::-1])
     require(all(0 < z < math.inf for z in spacing), path, f"spacing {spacing} mm", "write the true zooms into it")
-    require(np.isfinite(array).all(), path, "holds NaN or infinity", FETCH)
+    bad = array.size - np.count_nonzero(np.isfinite(array))
+    require(not bad, path, f"{bad} voxels are NaN or infinity", "write numbers there: numpy.nan_to_num makes NaN 0")
     return array, spacing, image
 
 
@@ -175,9 +231,11 @@ def read_voxels(path, image, zipped):
 
 def read_info(folder):
     """Info.cfg of a patient's folder -> {"ED": 1, "ES": 12, "Group": "DCM", ...}."""
-    path, remedy = Path(folder) / "Info.cfg", "restore it from the release"
+    path, remedy = Path(folder) / "Info.cfg", RESTORE
     with readable(path, remedy), open(path, "rb") as f:
-        lines = f.read(65536).decode("utf-8", "replace").splitlines()
+        text = f.read(65536)
+    code = "utf-16" if text[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"  # a byte-order mark of Windows
+    lines = text.decode(code, "replace").splitlines()
     pairs = [line.partition(":") for line in lines]
     info = {key.strip(): value.strip() for key, _, value in pairs}
     for phase in PHASES:
@@ -188,29 +246,56 @@ def read_info(folder):
     return info
 
 
-def read_frame(path, needs_label):
+def raw_file(folder, name):
+    """FOLDER/NAME.nii.gz, or NAME.nii where only that is there."""
+    plain, packed = folder / f"{name}.nii", folder / f"{name}.nii.gz"
+    return plain if plain.exists() and not packed.exists() else packed
+
+
+def same_numbers(a, b):
+    return np.allclose(a, b, rtol=1e-3, atol=1e-3, equal_nan=True)
+
+
+def check_grid(path, truth, image):
+    """Two nibabel images, the annotation PATH and its image, lie on one grid; an affine of ones counts as not given."""
+    remedy = "resample the annotation to the image, or fetch both again"
+    given = all(i.header["sform_code"] or i.header["qform_code"] for i in (truth, image))
+    same = not given or same_numbers(truth.affine, image.affine) or np.array_equal(truth.affine, np.eye(4))
+    require(same, path, "mirrored, turned or shifted: its affine is not the image's", remedy)
+    zooms, expected = ([round(float(z), 4) for z in i.header.get_zooms()[:3]] for i in (truth, image))
+    require(same_numbers(zooms, expected), path, f"zooms {zooms}, but the image's are {expected}", remedy)
+
+
+def read_frame(path, needs_label, warnings):
     """One raw frame with its annotation -> (image (Z, Y, X) float32, 0..1; label uint8 or None; spacing)."""
-    truth, label = path.with_name(path.name.replace(".nii", "_gt.nii")), None
-    array, spacing, _ = load_nifti(path)
-    require(array.ndim == 3, path, f"{array.ndim}D where one 3D frame belongs", FETCH)
+    truth, label = raw_file(path.parent, f"{path.name.partition('.')[0]}_gt"), None
+    array, spacing, header = load_nifti(path)
+    require(array.ndim == 3, path, f"{array.ndim}D where one 3D frame belongs", RESTORE)
     with np.errstate(over="ignore", invalid="ignore"):  # refused below
         image = array.astype(np.float32)
         low, high = image.min(), image.max()
         span = high - low
     require(0 < span < np.inf, path, f"every voxel is {low} or the range overflows", FETCH)
+    image = (image - low) / span
     if needs_label or truth.exists():
-        label = checked_label(truth, load_nifti(truth)[0], image, FETCH)
-    return (image - low) / span, label, spacing
+        label, _, its_header = load_nifti(truth)
+        label = checked_label(truth, label, image, RESTORE)
+        check_grid(truth, its_header, header)
+        warnings += judge(truth, measure(image, label), spacing)
+    return image, label, spacing
 
 
-def read_patient(folder, needs_label):
-    """ED and ES of one raw patient, checked -> [(image (Z, Y, X) float32, label uint8 or None, attributes)] * 2."""
-    info, frames = read_info(folder), []
+def read_patient(folder, needs_label, warnings=None):
+    """ED and ES of one raw patient, checked -> [(image (Z, Y, X) float32, label uint8 or None, attributes)] * 2; what
+    looks odd is added to the list `warnings`."""
+    info, frames, warnings = read_info(folder), [], [] if warnings is None else warnings
     for phase in PHASES:
-        path = folder / f"{folder.name}_frame{info[phase]:02d}.nii.gz"
-        require(path.exists(), path, f"absent, but Info.cfg says {phase}: {info[phase]}", "restore it from the release")
-        image, label, spacing = read_frame(path, needs_label)
+        path = raw_file(folder, f"{folder.name}_frame{info[phase]:02d}")
+        require(path.exists(), path, f"absent, but Info.cfg says {phase}: {info[phase]}", RESTORE)
+        image, label, spacing = read_frame(path, needs_label, warnings)
         attrs = {"spacing": spacing, "group": info["Group"], "source": f"{folder.name}/{path.name}"}
+        first = frames[0][2]["spacing"] if frames else spacing
+        require(same_numbers(first, spacing), path, f"spacing {spacing} mm, but at ED {first}", RESTORE)
         frames.append((image, label, attrs))
     return frames
 
@@ -458,9 +543,10 @@ def workspace(out, names):
 
 
 def convert_patient(folder, split, out):
-    """Write what is not there yet of one patient (same arrays, same bytes) -> [(path below OUT, checksum, slices)]."""
-    files = []
-    for number, (image, label, attrs) in enumerate(read_patient(folder, needs_label=split != "official"), 1):
+    """Write what is not there yet of one patient (same arrays, same bytes) -> [(path below OUT, checksum, slices)],
+    warnings."""
+    files, warnings = [], []
+    for number, (image, label, attrs) in enumerate(read_patient(folder, split != "official", warnings), 1):
         name = f"{folder.name}_frame{number:02d}"
         parts = [(f"data/{name}.h5", image, label)]
         if split == "train":
@@ -468,7 +554,7 @@ def convert_patient(folder, split, out):
         for file, x, y in parts:
             write_atomic(out / file, h5_bytes(x, y, attrs))
             files.append((file, checksum(x, y), len(x) if x.ndim == 3 else 1))
-    return files
+    return files, warnings
 
 
 def describe(split, files, missing):
@@ -505,12 +591,18 @@ def convert(raw, out, allow_missing=False, workers=None):
     jobs = [(found[p], s, out) for s, ids in split.items() for p in ids]
     with workspace(out, ("data", "*.list", "manifest.json")):
         made = run_parallel(convert_patient, jobs, workers, "convert")
-        files = {job[0].name: result for job, result in zip(jobs, made, strict=True)}
+        files = {job[0].name: result for job, (result, _) in zip(jobs, made, strict=True)}
         lists, manifest = describe(split, files, missing)
         for name, lines in lists.items():
             write_atomic(out / f"{name}.list", "".join(f"{line}\n" for line in lines).encode())
         write_atomic(out / "manifest.json", f"{json.dumps(manifest, indent=1)}\n".encode())  # last: all is there
+    warn(text for _, warnings in made for text in warnings)
     return manifest
+
+
+def warn(texts):
+    for text in texts:
+        print(f"data_prep.py: {text}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------- check
@@ -527,7 +619,7 @@ def noted(faults):
 
 def check(root):
     """Every list, file and checksum of a prepared folder, ours or the community's -> one line per fault."""
-    root, faults, lists, sums = Path(root), [], {}, {}
+    root, faults, lists, sums, volumes = Path(root), [], {}, {}, {}
     require(root.is_dir(), root, "no such folder", "give the one that data_prep.py wrote")
     for name in (*SPLIT, "train_slices"):
         if name == "official" and not (root / "official.list").exists():
@@ -554,11 +646,26 @@ def check(root):
         faults.append(f"{root / 'manifest.json'}: {text}; {AGAIN}")
     for file, name in tqdm(files.items(), desc="check", unit="file", disable=None):
         with noted(faults):
-            image, label, _ = read_h5(root / file, 2 if "_slice_" in name else 3)
+            image, label, attrs = read_h5(root / file, 2 if "_slice_" in name else 3)
             require(label is not None or owners[name[:10]] == "official", root / file, "holds no label")
             same = file not in sums or sums[file] == checksum(image, label)
             require(same, root / file, "the content is not what manifest.json says")
+            if label is not None:
+                before = volumes[name[:18]][0] if name[:18] in volumes else 0
+                volumes[name[:18]] = before + measure(image, label), attrs.get("spacing"), root / file
+    check_volumes(volumes, faults)
     return faults
+
+
+def check_volumes(volumes, faults):
+    """volumes[name] = (measure() of its slices, spacing or None, the last of its files): annotation, ED against ES."""
+    for name, (measured, spacing, path) in volumes.items():
+        with noted(faults):
+            warn(judge(path, measured, spacing))
+        first = volumes.get(f"{name[:10]}_frame01", (0, None))[1]
+        with noted(faults):
+            same = None in (first, spacing) or same_numbers(first, spacing)
+            require(same, path, f"spacing {spacing} mm, but at ED {first}")
 
 
 def check_lists(lists, owners):

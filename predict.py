@@ -8,9 +8,12 @@ Per input NAME.nii or NAME.nii.gz, 3D or 4D, DIR (`--out`, by default prediction
     NAME_seg.nii.gz    uint8: 0 background, 1 RV, 2 MYO, 3 LV; the source's header, shape and orientation
     NAME_overlay.png   NAME_volumes.csv (a row per frame)   NAME_entropy.nii.gz (--entropy)
     NAME_volumes.png   4D: ventricular volume over time; ED and ES are the frames with most and least LV
-and predictions.csv, a row per input. A folder gives every *.nii and *.nii.gz below it but annotations (_gt) and earlier
-results. Slices are the third axis, oriented as in ACDC. Volumes, indices and uncertainty are evaluate.py's.
+and predictions.csv, a row per input; later calls into DIR add to it. A folder gives every *.nii and *.nii.gz below it
+but label maps by their names (LABELS, LABEL_FOLDERS) and what is hidden. Slices are the third axis, oriented as in
+ACDC. Volumes, indices and uncertainty are evaluate.py's.
 """
+import csv
+import hashlib
 import importlib.util
 import logging
 import os
@@ -37,24 +40,59 @@ from evaluate import COLORS, INDICES, NOTICE, format_number, mean, staging, volu
 from models import CheckpointError, DeviceError, find_heart, pick_device, segment_volume
 
 RESULTS = ("overlay.png", "entropy.nii.gz", "volumes.csv", "volumes.png", "seg.nii.gz")            # after NAME_
-COLUMNS = ("file", "frames", "axes", *PHASES, *INDICES, "entropy", "disagreement", "error")        # of predictions.csv
-NIFTI = re.compile(r"\.nii(\.gz)?$")
-SKIPPED = re.compile(r"^\.|_(gt|seg|entropy)\.nii(\.gz)?$")         # in folders: annotations, predictions, hidden files
+COLUMNS = ("file", "name", "frames", "axes", "position", *(f"{c.lower()}_ml" for c in CLASSES), *PHASES, *INDICES,
+           "entropy", "disagreement", "warning", "error")                                          # of predictions.csv
+NIFTI = re.compile(r"\.nii(\.gz)?$", re.I)
+LABELS = re.compile(r"(^|[^a-z])(gt|seg|segmentation|entropy|labels?|masks?|annotations?)([^a-z]|$)", re.I)
+LABEL_FOLDERS = re.compile(r"(labels|masks|segmentations|annotations)(tr|ts|val)?", re.I)           # nnU-Net's labelsTr
+FEW_VALUES = 16                      # a label map has no more; a scan of 8 bits has a hundred
+LONGEST = 255 - len("_entropy.nii.gz")                              # bytes of a name that results can still be added to
 FIELD = (50, 1000)                   # mm that a slice can span; others are spacings in another unit, or none at all
 
 
 # ----------------------------------------------------------------------------------------------------------- inputs
 
+def walk(folder):
+    """The NIfTI files below a folder, those of linked folders too, nothing hidden. Raises DataError."""
+    def refuse(error):
+        raise DataError(f"{error.filename}: {error.strerror}; give yourself the right to read it, or move it away")
+    files, seen = [], set()
+    for place, below, names in os.walk(folder, onerror=refuse, followlinks=True):
+        below[:] = [n for n in sorted(below) if n[0] != "."]
+        if os.path.realpath(place) in seen:                            # a link, to a parent perhaps
+            below.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        files += [Path(place, n) for n in names if NIFTI.search(n) and n[0] != "."]
+    return sorted(files)
+
+
 def list_images(path):
-    """A file -> [itself]; a folder -> every *.nii and *.nii.gz below it but those of SKIPPED. Raises DataError."""
+    """A file -> [itself]; a folder -> the NIfTI files below it without label maps. Raises DataError."""
     if not os.path.exists(path):                                       # Path.exists raises where a name is too long
         raise DataError(f"{path}: no such file or folder")
     if not path.is_dir():
         return [path]
-    files = sorted(p for p in path.rglob("*.nii*") if NIFTI.search(p.name) and not SKIPPED.search(p.name))
-    if not files:
-        raise DataError(f"{path}: holds no .nii or .nii.gz to segment")
-    return files
+    found, scans = walk(path), []
+    for file in found:
+        *folders, name = file.relative_to(path).parts
+        if not (LABELS.search(NIFTI.sub("", name)) or any(map(LABEL_FOLDERS.fullmatch, folders))):
+            scans.append(file)
+    left = len(found) - len(scans)
+    if not scans:
+        names = f" but label maps by their names, {left}; rename the scans" if left else "; dcm2niix converts DICOM"
+        raise DataError(f"{path}: holds no .nii or .nii.gz to segment{names}")
+    if left:
+        print(f"{path}: label maps left out, by their names: {left}")
+    return scans
+
+
+def fitting(path):
+    """A result's name, shortened where a file system would not take it with its suffix; a hash tells it from others."""
+    raw = os.fsencode(path.name)
+    if len(raw) <= LONGEST:
+        return path
+    return path.with_name(f"{raw[:LONGEST - 9].decode(errors='ignore')}~{hashlib.sha256(raw).hexdigest()[:8]}")
 
 
 def find_images(paths):
@@ -71,11 +109,24 @@ def find_images(paths):
                 continue
             sources[key] = file
             names[key] = file.relative_to(path) if path.is_dir() else Path(file.name)
-    common = os.path.commonpath([key.parent for key in sources])
-    full = [key.relative_to(common) for key in sources]
+    try:
+        common = os.path.commonpath([key.parent for key in sources])
+        full = [key.relative_to(common) for key in sources]
+    except ValueError:                                                 # two drives of Windows
+        full = [Path(re.sub(r"\W", "", key.drive), *key.parts[1:]) for key in sources]
     short, long = ([p.with_name(NIFTI.sub("", p.name)) for p in paths] for paths in (names.values(), full))
     chosen = next((choice for choice in (short, long) if len(set(choice)) == len(choice)), full)
-    return dict(zip(sources.values(), chosen, strict=True))
+    return dict(zip(sources.values(), map(fitting, chosen), strict=True))
+
+
+def refuse_labels(source, array):
+    """DataError where an image holds only a few whole numbers, and more than one."""
+    if len(np.unique(array.ravel()[::1 + array.size // 2**16])) > FEW_VALUES:                     # a scan's, in no time
+        return
+    values = np.unique(array)
+    if 1 < len(values) <= FEW_VALUES and np.array_equal(values, np.rint(values)):
+        raise DataError(f"{source}: holds only {len(values)} whole numbers, as a label map does; give the scan itself, "
+                        "and end the names of label maps in _seg, so that folders leave them out")
 
 
 def read_frames(source):
@@ -84,6 +135,7 @@ def read_frames(source):
     if not (NIFTI.search(source.name) and source.is_file()):
         raise DataError(f"{source}: not a NIfTI file by its name and kind; give .nii or .nii.gz")
     array, spacing, nifti = data_prep.load_nifti(source)
+    refuse_labels(source, array)
     height, width = array.shape[-2:]
     if not all(FIELD[0] <= n * s <= FIELD[1] for n, s in zip((height, width), spacing[1:], strict=True)):
         raise DataError(f"{source}: slices of {height} x {width} pixels of {spacing[1]:g} x {spacing[2]:g} mm cannot "
@@ -148,8 +200,12 @@ def predict_file(nets, source, stem, inference, find=True, component=True, entro
 
 
 def save_like(nifti, array, path):
-    """(T, Z, Y, X) -> NIfTI with the header of `nifti`: its zooms, forms and units stay, whatever they say."""
+    """(T, Z, Y, X) -> NIfTI with the header of `nifti`: its zooms, forms and units stay, whatever they say; its texts,
+    which can name a person, do not."""
     header = nifti.header.copy()
+    header.extensions.clear()
+    for key in {"descrip", "db_name", "aux_file", "intent_name", "data_type"}.intersection(header.keys()):
+        header[key] = b""
     header.set_data_dtype(array.dtype)
     header["cal_min"] = header["cal_max"] = 0                                # the source's window of display
     nib.save(type(nifti)(array.reshape(nifti.shape[::-1]).T, nifti.affine, header), path)
@@ -204,23 +260,61 @@ def attempt(nets, source, stem, inference, options):
         warn(text)
         return dict(file=str(source), error=text)
     tell(row)
+    if row.get("warning"):
+        warn(f"{row['file']}: {row['warning']}")
     return row
+
+
+def as_text(path):
+    """A path as predictions.csv has it, also where its name is no text."""
+    return os.fspath(path).encode("utf-8", "backslashreplace").decode()
+
+
+def identity(file):
+    return os.path.normcase(as_text(os.path.realpath(file)))
+
+
+def read_table(out):
+    """The rows of earlier calls in predictions.csv. Raises DataError."""
+    path = out / "predictions.csv"
+    if not path.exists():
+        return []
+    with data_prep.readable(path, "move it away"), open(path, newline="", encoding="utf-8-sig") as f:
+        return [{c: row["file"] if c == "file" else row.get(c) for c in COLUMNS} for row in csv.DictReader(f)]
+
+
+def refuse_replacing(images, out):
+    """DataError where a result would fall on its own source's folder, or replace that of another file."""
+    owners = {row["name"]: row["file"] for row in read_table(out) if row["name"]}
+    for source, name in images.items():
+        if (out / name).parent.resolve() == source.resolve().parent:
+            raise DataError(f"--out {out}: holds {source}; give a folder apart, so that no file there is replaced")
+        owner = owners.get(as_text(name.as_posix()), source)
+        if identity(owner) != identity(source) and (out / f"{name}_seg.nii.gz").exists():
+            raise DataError(f"--out {out}: {name}_seg.nii.gz there is of {owner}, not of {source}; give another --out")
+
+
+def merge_table(out, table):
+    """Write the rows of `table` and those of earlier calls about other files to predictions.csv."""
+    files, names = {identity(row["file"]) for row in table}, {row["name"] for row in table if row["name"]}
+    kept = [row for row in read_table(out) if identity(row["file"]) not in files and row["name"] not in names]
+    with staging(out, ["predictions.csv"]) as folder:
+        write_csv(folder / "predictions.csv", kept + [{c: row.get(c) for c in COLUMNS} for row in table])
 
 
 def predict(nets, inference, paths, out, **options):
     """Segment files and folders into `out`, as predict_file; a bad file is reported and the others are done. Returns
     the number of bad ones. Raises DataError before anything is written, OSError where `out` takes no more."""
     images, out, table = find_images(paths), Path(out), []
-    for source, name in images.items():
-        if (out / name).parent.resolve() == source.resolve().parent:
-            raise DataError(f"--out {out}: holds {source}; give a folder apart, so that no file there is replaced")
+    refuse_replacing(images, out)
     try:
         for source, name in tqdm(images.items(), desc="predict", unit="file", disable=None, leave=False):
-            table.append(attempt(nets, source, out / name, inference, options))
+            row = attempt(nets, source, out / name, inference, options)
+            results = "" if "error" in row else as_text(name.as_posix())
+            table.append(row | dict(file=os.path.abspath(source), name=results))
     finally:                                                               # Ctrl-C, a full disk: of what is done
         if table:
-            with staging(out, ["predictions.csv"]) as folder:
-                write_csv(folder / "predictions.csv", [{c: row.get(c) for c in COLUMNS} for row in table])
+            merge_table(out, table)
     failed = sum("error" in row for row in table)
     print(f"{out}: {len(table) - failed} of {len(table)} files segmented; predictions.csv lists them")
     return failed

@@ -215,7 +215,7 @@ def _edit(path, change):
     image = nib.load(path)
     array = change(np.asarray(image.dataobj))
     new = nib.Nifti1Image(array, None)
-    new.header.set_zooms((1.5, 1.5, 10.0, 1.0)[: array.ndim])
+    new.header.set_zooms((1.5, 1.5, 10.0, 1.0, 1.0)[: array.ndim])
     path.write_bytes(gzip.compress(new.to_bytes()))
 
 
@@ -230,6 +230,23 @@ def _info(path, old, new):
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
+
+
+def _save(path, change, axis=None):
+    """Rewrite an annotation with change(array in file order), its header kept; mirrored with `axis` of its affine."""
+    image = nib.load(path)
+    affine = image.affine.copy()
+    if axis is not None:
+        affine[:, 3] += affine[:, axis] * (image.shape[axis] - 1)
+        affine[:, axis] *= -1
+    new = nib.Nifti1Image(change(np.asarray(image.dataobj)), affine, image.header)
+    new.header.set_zooms(image.header.get_zooms())  # which a new affine makes 1 mm
+    path.write_bytes(gzip.compress(new.to_bytes()))
+
+
+def _exchange(*classes):
+    """A function that gives 0, 1, 2, 3 other classes."""
+    return lambda a: np.array((0, *classes), np.uint8)[a]
 
 
 def _truncate(path):
@@ -254,11 +271,21 @@ BAD_INPUT = {
     "constant": (FRAME, lambda p: _edit(p, np.ones_like), "every voxel"),
     "4D": (FRAME, lambda p: _edit(p, lambda a: np.stack([a, a], 3)), "4D"),
     "2D": (FRAME, lambda p: _edit(p, lambda a: a[:, :, 0]), "3D"),
-    "NaN": (FRAME, lambda p: _edit(p, lambda a: np.where(a > a.mean(), np.float32(np.nan), a)), "NaN"),
+    "NaN": (FRAME, lambda p: _edit(p, lambda a: np.where(a > a.mean(), np.float32(np.nan), a)), "numpy.nan_to_num"),
     "complex": (FRAME, lambda p: _edit(p, lambda a: a.astype(np.complex64)), "complex"),
     "no spacing": (FRAME, lambda p: _header(p, 80, [0, 0, 0], "<f4"), "zooms"),
     "huge": (FRAME, lambda p: _header(p, 42, [32767, 32767, 32767], "<i2"), "claims"),
     "negative size": (FRAME, lambda p: _header(p, 42, [-5], "<i2"), "fetch"),
+    "five axes": (FRAME, lambda p: _edit(p, lambda a: np.stack([np.stack([a, a], 3)] * 2, 4)), "or (x, y, z, t)"),
+    "label mirrored with its affine": (TRUTH, lambda p: _save(p, lambda a: a[:, ::-1], 1), "mirrored, turned"),
+    "label mirrored left to right": (TRUTH, lambda p: _save(p, lambda a: a[::-1]), "mm from the RV's centre"),
+    "label zooms": (TRUTH, lambda p: _header(p, 80, [1.1, 1.1], "<f4"), "zooms"),
+    "ES zooms": (FRAME.replace("01", "11"), lambda p: [_header(q, 80, [3, 3], "<f4") for q in (p, _truth(p))], "at ED"),
+    "LV and RV exchanged": (TRUTH, lambda p: _save(p, _exchange(3, 2, 1)), "1 RV, 2 MYO, 3 LV"),
+    "LV and MYO exchanged": (TRUTH, lambda p: _save(p, _exchange(1, 3, 2)), "1 RV, 2 MYO, 3 LV"),
+    "RV and MYO exchanged": (TRUTH, lambda p: _save(p, _exchange(2, 1, 3)), "1 RV, 2 MYO, 3 LV"),
+    "classes turned": (TRUTH, lambda p: _save(p, _exchange(2, 3, 1)), "1 RV, 2 MYO, 3 LV"),
+    "classes turned back": (TRUTH, lambda p: _save(p, _exchange(3, 1, 2)), "1 RV, 2 MYO, 3 LV"),
 }
 
 
@@ -269,6 +296,83 @@ def test_bad_input(raw, tmp_path, capfd, name):
     assert data_prep.main([str(raw), str(tmp_path / "new/out"), "--allow-missing"]) == 2
     one_error(capfd.readouterr().err.replace(str(tmp_path), ""), file, word)  # the words, not the test's name
     assert not (tmp_path / "new").exists()
+
+
+def _truth(path):
+    return path.with_name(path.name.replace(".nii", "_gt.nii"))
+
+
+def _no_affine(path):
+    image = nib.load(path)
+    path.write_bytes(gzip.compress(nib.Nifti1Image(np.asarray(image.dataobj), np.eye(4)).to_bytes()))
+    _header(path, 80, image.header.get_zooms(), "<f4")
+
+
+LACKING = {
+    "no RV": lambda f: [_save(f / n, _exchange(0, 2, 3)) for n in (TRUTH, TRUTH.replace("01", "11"))],
+    "LV alone": lambda f: _save(f / TRUTH, _exchange(0, 0, 3)),
+    "nothing": lambda f: _save(f / TRUTH, np.zeros_like),
+    "a few pixels": lambda f: _save(f / TRUTH, lambda a: np.where(np.cumsum(a == 3).reshape(a.shape) < 9, a == 3, 0)),
+    "no affine": lambda f: _no_affine(f / TRUTH),
+    "no forms": lambda f: _header(f / TRUTH, 252, [0, 0], "<i2"),
+    "not compressed": lambda f: [_unpack(p) for p in sorted(f.glob("*.nii.gz"))],
+    "one not compressed": lambda f: _unpack(f / TRUTH),
+    "byte-order mark": lambda f: (f / INFO).write_bytes(b"\xef\xbb\xbf" + (f / INFO).read_bytes()),
+    "UTF-16": lambda f: (f / INFO).write_bytes((f / INFO).read_text().replace("\n", "\r\n").encode("utf-16")),
+}
+
+
+def _unpack(path):
+    path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
+    path.unlink()
+
+
+@pytest.mark.parametrize("name", LACKING)
+def test_what_a_release_may_lack(raw, tmp_path, capfd, name):
+    """Other rules of annotation, headers that say nothing, other endings and texts: prepared without a word."""
+    LACKING[name](raw / "training/patient028")
+    assert data_prep.main([str(raw), str(tmp_path / "out"), "--allow-missing"]) == 0
+    assert data_prep.check(tmp_path / "out") == []
+    assert capfd.readouterr().err == ""
+
+
+def test_an_odd_annotation_is_told_and_prepared(raw, tmp_path, capfd):
+    """The annotation 12 pixels beside its heart: a warning each in preparation and --check, exit 0."""
+    _save(raw / "training/patient028" / TRUTH, lambda a: np.roll(a, 12, 1))
+    assert data_prep.main([str(raw), str(tmp_path / "out"), "--allow-missing"]) == 0
+    one_error(capfd.readouterr().err, TRUTH, "standard deviations", "usual is 0.8", "is the annotation mirrored")
+    assert data_prep.main(["--check", str(tmp_path / "out")]) == 0
+    out, err = capfd.readouterr()
+    one_error(err, "patient028_frame01.h5", "standard deviations")
+    assert "no faults" in out
+
+
+def test_measures_by_hand():
+    """A cavity of 2 x 2 with a wall of one pixel, an RV of 2 x 2 that touches it with one side; two slices add up."""
+    label = np.zeros((1, 6, 9), np.uint8)
+    label[0, 1:5, 3:7] = 2
+    label[0, 2:4, 4:6] = 3
+    label[0, 2:4, 1:3] = 1
+    image = np.where(label == 3, 0.75, 0.25)
+    rows = data_prep.measure(image, label)
+    assert (rows[3, 2], rows[3, :3].sum()) == (8, 8)
+    assert (rows[1, 2], rows[1, [0, 2, 3]].sum()) == (2, 8)
+    np.testing.assert_array_equal(rows[4:], [[4, 6, 1, 0.25], [12, 54, 3, 0.75], [4, 18, 3, 2.25]])
+    np.testing.assert_array_equal(data_prep.measure(np.tile(image, (8, 1, 1)), np.tile(label, (8, 1, 1))), 8 * rows)
+    assert data_prep.judge("x", rows, None) == []                      # few pixels
+    told = data_prep.judge("x", 8 * rows, (8, 0.5, 0.5))               # centres 3 pixels apart
+    assert [t.split()[1] for t in told] == ["1.50"]
+    assert data_prep.judge("x", 8 * rows, (8, 2, 2)) == []
+    with pytest.raises(DataError, match=r"x: -6.00 mm from the RV's centre right to the LV's"):
+        data_prep.judge("x", 8 * data_prep.measure(image[..., ::-1], label[..., ::-1]), (8, 2, 2))
+
+
+@real
+def test_the_release_raises_no_alarm():
+    told = []
+    for folder in data_prep.find_patients(ACDC / "database").values():
+        data_prep.read_patient(folder, True, told)
+    assert told == []
 
 
 def test_bad_input_leaves_an_earlier_preparation_alone(raw, cohort, tmp_path):
@@ -379,6 +483,40 @@ def test_an_uncompressed_image_named_gz_is_told_to_be_renamed(tmp_path):
     with pytest.raises(DataError, match=r"image\.nii\.gz: not compressed; rename it to \.nii"):
         data_prep.load_nifti(path)
     np.testing.assert_array_equal(data_prep.load_nifti(path.rename(tmp_path / "image.nii"))[0], expected)
+
+
+def test_a_limit_of_ours_is_called_so(tmp_path, monkeypatch):
+    array, _ = _small_nifti(tmp_path / "image.nii.gz")
+    monkeypatch.setattr(data_prep, "MAX_VOXELS", array.size - 1)
+    with pytest.raises(DataError, match="above the limit of 479 voxels that is ours; cut it to the heart or into"):
+        data_prep.load_nifti(tmp_path / "image.nii.gz")
+    monkeypatch.setattr(data_prep, "MAX_VOXELS", array.size)
+    np.testing.assert_array_equal(data_prep.load_nifti(tmp_path / "image.nii.gz")[0], array)
+
+
+def test_a_file_that_may_not_be_read_says_so(tmp_path, monkeypatch):
+    _small_nifti(tmp_path / "image.nii.gz")
+
+    def denied(*_):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(nib, "load", denied)
+    with pytest.raises(DataError, match=r"Permission denied.*; give yourself the right to read it"):
+        data_prep.load_nifti(tmp_path / "image.nii.gz")
+
+
+@posix
+def test_a_prepared_file_that_another_process_has_open(prepared):
+    hold = f"f = h5py.File({str(prepared / VALUE)!r}, 'r+')"
+    code = f"import h5py, sys; {hold}; print('open', flush=True); sys.stdin.read()"
+    env = os.environ | {"HDF5_USE_FILE_LOCKING": "TRUE"}
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
+    assert other.stdout.readline() == b"open\n"
+    try:
+        with pytest.raises(DataError, match=f"{VALUE}: .*; another process has it open: close it there and run again"):
+            data_prep.read_volume(prepared, "patient028_frame01")
+    finally:
+        other.communicate()
+    assert data_prep.read_volume(prepared, "patient028_frame01").label.max() == 3
 
 
 # --------------------------------------------------------------------------------------------------- disk, kills, locks
@@ -541,6 +679,11 @@ def _list(file, change):
     return fault
 
 
+def _unlisted(plant):
+    """Without a manifest, as in the community's copy."""
+    return lambda root: (root / "manifest.json").unlink() or plant(root)
+
+
 def _replace(key, change):
     def replaced(h):
         array = change(h[key][()])
@@ -579,6 +722,9 @@ FAULTS = {
     "last slice not listed": (_list("train_slices.list", lambda n: n[:-1]), "manifest"),
     "slice of no volume": (_list("train_slices.list", lambda n: n + ["patient001_frame01_slice_1"]), "not in train"),
     "other order": (_list("train_slices.list", _swap), "order"),
+    "mirrored": (_unlisted(_h5(VALUE, _replace("label", lambda a: a[..., ::-1]))), "RV's centre"),
+    "LV and RV exchanged": (_unlisted(_h5(VALUE, _replace("label", _exchange(3, 2, 1)))), "1 RV, 2 MYO, 3 LV"),
+    "ES spacing": (_h5("data/patient028_frame02.h5", lambda h: h.attrs.__setitem__("spacing", [10, 1, 1.1])), "at ED"),
     "manifest damaged": (lambda root: (root / "manifest.json").write_text("[1") and "manifest.json", "cannot be read"),
 }
 

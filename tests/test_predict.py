@@ -151,6 +151,43 @@ def test_geometry_survives_on_every_dtype(capsys, tmp_path, checkpoint):
         assert 0.3 < entropy.max() <= 1
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_time_as_the_fifth_axis(capsys, tmp_path, checkpoint):
+    """(x, y, z, 1, t) is the cine that (x, y, z, t) is; its label map has the source's shape."""
+    four = nib.load(write_nifti(tmp_path / "four.nii", cine()[:2]))
+    five = nib.Nifti1Image(np.asarray(four.dataobj)[:, :, :, None], None)
+    five.header.set_zooms((PIXEL, PIXEL, 8, 1, 0.04))
+    nib.save(five, tmp_path / "five.nii")
+    code, _, _ = run(capsys, checkpoint, tmp_path / "four.nii", tmp_path / "five.nii", "--out", tmp_path / "out")
+    assert code == 0
+    got, expected = (nib.load(tmp_path / "out" / f"{n}_seg.nii.gz").get_fdata() for n in ("five", "four"))
+    assert got.shape == (48, 44, 6, 1, 2)
+    np.testing.assert_array_equal(got[:, :, :, 0], expected)
+    assert expected.max() == 3
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+def test_a_label_map_tells_nothing_about_a_person(tmp_path, kind):
+    source = nib.load(write_nifti(tmp_path / "scan.nii", frame(), kind=kind))
+    person = b"Jane Doe 1970"
+    texts = {"descrip", "db_name", "aux_file", "intent_name", "data_type"} & set(source.header.keys())
+    for key in texts:
+        source.header[key] = person[:10]
+    source.header.extensions.append(nib.nifti1.Nifti1Extension("comment", person))
+    source.header.extensions.append(nib.nifti1.Nifti1Extension("ignore", person))
+    nib.save(source, tmp_path / "person.nii")
+    source = nib.load(tmp_path / "person.nii")
+    assert len(source.header.extensions) == 2
+    predict.save_like(source, truth()[None].astype(np.uint8), tmp_path / "person_seg.nii")
+    assert b"Jane" not in (tmp_path / "person_seg.nii").read_bytes()
+    after = nib.load(tmp_path / "person_seg.nii")
+    np.testing.assert_array_equal(np.asarray(after.dataobj).T, truth())
+    np.testing.assert_array_equal(after.affine, source.affine)
+    for key in ("sform_code", "qform_code", "srow_x", "quatern_b", "qoffset_x", "xyzt_units", "pixdim", "dim"):
+        np.testing.assert_array_equal(after.header[key], source.header[key])
+    assert len(source.header.extensions) == 2
+
+
 @needs_acdc
 @pytest.mark.usefixtures("no_pictures")
 def test_real_cine_and_official_patients(capsys, tmp_path, checkpoint):
@@ -306,6 +343,119 @@ def test_names_that_are_no_text_or_look_like_formulas(tmp_path, checkpoint):
     assert "Zo\\udceb.nii: 2 frames" in done.stdout
     assert len(list((tmp_path / "o").glob("*_volumes.png"))) == 3
     assert (tmp_path / "o" / "predictions.csv").read_text(encoding="utf-8").count("\n") == 4
+
+
+def names_of(*paths):
+    return [p.as_posix() for p in predict.find_images(paths).values()]
+
+
+def test_label_maps_hidden_and_linked_folders(capsys, tmp_path):
+    """What other tools name label maps is left out of a folder, and counted; what is hidden too; links are followed."""
+    labels = ("label_sa_ED.nii.gz", "labelsTr/case_001.nii.gz", "seg.nii", "x-mask.nii", "a/masks/b/c.NII", "x_GT.nii")
+    scans = ("imagesTr/case_001_0000.nii.gz", "sa_ED.nii.gz", "UPPER.NII.GZ", "p1.nii/inner.nii", "segovia.nii")
+    for name in (*labels, *scans, ".hidden/x.nii", ".Trash/a/y.nii.gz"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(b"")
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "linked.nii").write_bytes(b"")
+    os.symlink(tmp_path / "far", tmp_path / "in" / "link")
+    os.symlink(tmp_path / "in", tmp_path / "in" / "loop")
+    expected = sorted(("UPPER", "imagesTr/case_001_0000", "link/linked", "p1.nii/inner", "sa_ED", "segovia"))
+    assert sorted(names_of(tmp_path / "in")) == expected
+    assert capsys.readouterr().out == f"{tmp_path}/in: label maps left out, by their names: 6\n"
+    assert names_of(tmp_path / "in" / "p1.nii") == ["inner"]
+    assert names_of(tmp_path / "in" / "x-mask.nii") == ["x-mask"]                       # asked for by name
+    with pytest.raises(predict.DataError, match="but label maps by their names, 1; rename"):
+        predict.find_images([tmp_path / "in" / "a"])
+
+
+def test_names_on_two_drives(monkeypatch, tmp_path):
+    def two_drives(_):
+        raise ValueError("Paths don't have the same drive")
+    monkeypatch.setattr(os.path, "commonpath", two_drives)
+    files = [tmp_path / d / "scan.nii" for d in "cd"]
+    for file in files:
+        file.parent.mkdir()
+        file.write_bytes(b"")
+    assert names_of(files[0]) == ["scan"]
+    assert names_of(*files) == [f"{tmp_path.as_posix()[1:]}/{d}/scan" for d in "cd"]
+
+
+def test_an_unreadable_folder_is_named(monkeypatch, tmp_path):
+    def scandir(path):
+        raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(predict.DataError, match="Permission denied; give yourself the right to read it"):
+        predict.find_images([tmp_path])
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_label_map_by_any_name_is_refused_by_content(capsys, tmp_path, checkpoint):
+    """Four values or a mask's two, whole or float; an image of one value is no label map."""
+    write_nifti(tmp_path / "in" / "heart.nii.gz", truth().astype(np.float32))
+    nib.save(nib.Nifti1Image((truth() == 3).T.astype(np.uint8), np.eye(4)), tmp_path / "in" / "cavity.nii")
+    for paths in ([tmp_path / "in"], sorted((tmp_path / "in").iterdir())):
+        code, _, stderr = run(capsys, checkpoint, *paths, "--out", tmp_path / "out")
+        assert (code, stderr.count("\n")) == (1, 2)
+        assert "cavity.nii: holds only 2 whole numbers, as a label map does; give the scan itself" in stderr
+        assert "heart.nii.gz: holds only 4 whole numbers" in stderr
+    assert results(tmp_path / "out") == {}
+    predict.refuse_labels("x", np.zeros((3, 40, 40)))
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_long_names(capsys, tmp_path, checkpoint):
+    """A name that leaves no room for a suffix, in bytes: results under a shorter one, the others are done."""
+    for name in ("a" * 243 + ".nii.gz", "a" * 242 + "b.nii.gz", "я" * 124 + ".nii", "short.nii"):
+        write_nifti(tmp_path / "in" / name, frame())
+    args = (checkpoint, tmp_path / "in", "--out", tmp_path / "out", "--entropy", "--no-find-heart")
+    assert run(capsys, *args)[0] == 0
+    found = results(tmp_path / "out")
+    assert len(found) == 4
+    assert all(suffixes == RESULTS | {"_entropy.nii.gz"} for suffixes in found.values())
+    rows = read_csv(tmp_path / "out" / "predictions.csv")
+    assert {r["name"] for r in rows} == set(found)
+    assert {r["name"][:9] for r in rows} == {"a" * 9, "я" * 9, "short"}
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_calls_into_one_folder_add_to_one_table(capsys, monkeypatch, tmp_path, checkpoint):
+    """Rows of other files stay, a file's own is replaced, whatever way leads to it; a file of the same name from
+    another folder is refused by its name, before anything is written."""
+    one, two, other = (write_nifti(tmp_path / n, frame()) for n in ("w1/scan.nii", "w1/two.nii", "w2/scan.nii"))
+    out = ("--out", tmp_path / "out", "--no-find-heart")
+    assert run(capsys, checkpoint, one, *out)[0] == 0
+    assert run(capsys, checkpoint, two, *out)[0] == 0
+    monkeypatch.chdir(tmp_path / "w1")
+    assert run(capsys, checkpoint, "scan.nii", *out)[0] == 0
+    rows = read_csv(tmp_path / "out" / "predictions.csv")
+    assert [(r["file"], r["name"], r["error"]) for r in rows] == [(str(two), "two", ""), (str(one), "scan", "")]
+    before = {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    monkeypatch.chdir(tmp_path / "w2")
+    code, stdout, stderr = run(capsys, checkpoint, "scan.nii", *out)
+    assert (code, stdout, stderr.count("\n")) == (2, "", 1)
+    assert f"scan_seg.nii.gz there is of {one}, not of scan.nii; give another --out" in stderr
+    assert {p: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    other.write_bytes(b"")
+    (tmp_path / "out" / "scan_seg.nii.gz").unlink()                                     # taken away: free again
+    assert run(capsys, checkpoint, other, *out)[0] == 1
+    errors = {r["file"]: r["error"] for r in read_csv(tmp_path / "out" / "predictions.csv")}
+    assert (list(errors), errors[str(one)]) == ([str(two), str(one), str(other)], "")
+    assert "cannot be read" in errors[str(other)]
+    (tmp_path / "out" / "predictions.csv").write_text("a;b\n1;2\n")
+    assert "predictions.csv: cannot be read ('file'); move it away" in run(capsys, checkpoint, two, *out)[2]
+
+
+def test_a_warning_of_a_file_is_told_and_listed(capsys, monkeypatch, tmp_path):
+    row = dict(frames=1, axes="LPS", rv_ml=97.7, warning="look at the base")
+    monkeypatch.setattr(predict, "predict_file", lambda nets, source, *_, **__: dict(file=str(source)) | row)
+    source = tmp_path / "scan.nii"
+    source.write_bytes(b"")
+    assert predict.predict([], {}, [source], tmp_path / "out") == 0
+    assert capsys.readouterr().err == f"predict.py: {source}: look at the base\n"
+    got, = read_csv(tmp_path / "out" / "predictions.csv")
+    assert (got["rv_ml"], got["warning"], got["name"]) == ("97.7", "look at the base", "scan")
+    assert {"position", "myo_ml", "lv_ml"} <= set(got)
 
 
 # ------------------------------------------------------------------------------------------------------------ faults
