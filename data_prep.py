@@ -324,7 +324,8 @@ def read_array(path, h, key, ndim):
     numbers = len(d.shape or ()) == ndim and d.dtype.kind in "iuf"
     require(numbers, path, f"{key} is {d.dtype} of shape {d.shape}, not {ndim}D numbers")
     chunk = math.prod(d.chunks or ())  # is read whole, and may exceed the array
-    require_room(path, d.size and max(d.size, chunk), f"{key} claims {d.shape}")
+    claim = f"{key} claims {d.shape}" + (f" in chunks of {d.chunks}" if chunk > (d.size or 0) else "")
+    require_room(path, d.size and max(d.size, chunk), claim)
     return d[()]
 
 
