@@ -45,6 +45,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":     # before torch starts its threads: one that spins while it waits takes the core of those
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")       # that it waits for, where other work runs beside
+
 import numpy as np
 import torch
 from scipy import ndimage
@@ -763,6 +766,7 @@ def work(args):
     out = args.out or args.checkpoint.parent / args.split
     with names_target(out):
         device = pick_device(args.gpu, args.cpu)
+        models.choose_threads(device)
         torch.backends.cudnn.allow_tf32 = False                                        # a GPU's scores as a CPU's
         summary = evaluate_checkpoint(args.checkpoint, out, args.data, args.split, args.which, device, args.find_heart,
                                       args.largest_component)

@@ -13,6 +13,7 @@
 import os
 import platform
 import sys
+import time
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -52,6 +53,33 @@ def pick_device(gpu=None, cpu=False):
                           f"({str(error).splitlines()[0]}); update its driver, install a torch built for this card, or "
                           "give --cpu") from None
     return device
+
+
+def choose_threads(device, number=None):
+    """torch's threads where it computes on the CPU: `number` (a resumed run's: sums are taken in their order), or as
+    many as the machine has idle cores now. OMP_NUM_THREADS decides where it is set. Fewer than usual are told."""
+    if device.type != "cpu" or "OMP_NUM_THREADS" in os.environ:
+        return
+    usual = torch.get_num_threads()
+    chosen = number or max(1, round(min(usual, idle_cores())))
+    torch.set_num_threads(chosen)
+    if chosen < usual and not number:
+        print(f"threads: {chosen} of {usual}, other work has the rest; OMP_NUM_THREADS={usual} takes all",
+              file=sys.stderr)
+
+
+def idle_cores(seconds=0.2):
+    """How many cores nobody used for so long; infinite where /proc does not tell."""
+    def read():
+        with open("/proc/stat") as f:
+            return np.array(f.readline().split()[1:], float)               # user, nice, system, idle, waiting for disks
+    try:
+        before = read()
+        time.sleep(seconds)
+        spent = read() - before
+    except (OSError, ValueError):
+        return float("inf")
+    return os.cpu_count() * spent[3:5].sum() / max(1, spent.sum())
 
 
 def describe_device(device):

@@ -26,6 +26,9 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
+if __name__ == "__main__":     # before torch starts its threads: one that spins while it waits takes the core of those
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")       # that it waits for, where other work runs beside
+
 import nibabel as nib
 import numpy as np
 import torch
@@ -440,6 +443,7 @@ def parse(argv):
 def work(args):
     """What the command line asks for -> 1 where a file could not be segmented."""
     device = pick_device(args.gpu, args.cpu)
+    models.choose_threads(device)
     torch.backends.cudnn.allow_tf32 = False                                        # a GPU's answers as a CPU's
     nets, checkpoint = evaluate.load_networks(args.checkpoint, device, args.which)
     inference = checkpoint["inference"]

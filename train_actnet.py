@@ -39,6 +39,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":     # before torch starts its threads: one that spins while it waits takes the core of those
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")       # that it waits for, where other work runs beside
+
 import numpy as np
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -345,12 +348,13 @@ def read_val(root):
     return volumes
 
 
-def prepare(cfg):
-    """The checks of a run before anything is written -> its device and slices."""
+def prepare(cfg, threads=None):
+    """The checks of a run before anything is written -> its device and slices; `threads`: of a resumed run."""
     gpu = None if cfg.cpu else distributed.local_gpu()
     if gpu is None and cfg.gpu >= 0:
         gpu = cfg.gpu
     device = pick_device(gpu, cfg.cpu)
+    models.choose_threads(device, threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)                       # what has no tensor to go by: events, pinned memory, bf16?
     stages = list_stages(cfg)
@@ -459,7 +463,7 @@ class Run:
     def __init__(self, cfg, resume):
         self.cfg, self.resume, self.folder, self.main = cfg, resume, Path(cfg.out), world()[0] == 0
         self.stages, self.resumed = list_stages(cfg), resume is not None
-        self.device, self.slices = prepare(cfg)
+        self.device, self.slices = prepare(cfg, resume.get("threads") if resume else None)
         self.volumes = read_val(cfg.data)
         # A little more than was trained on: enough to hold every heart but the largest; far more costs a point of Dice.
         self.inference = dict(view=cfg.view, size=cfg.size * 9 // 8 if cfg.view == "heart" else cfg.size)
@@ -522,7 +526,8 @@ class Run:
         names = {1: "teacher", 2: cfg.network, 3: "co-teaching"}
         steps = ", ".join(f"{names[s.number]} {s.steps}" for s in self.stages)
         print(f"{cfg.out}: {cfg.method}, {len(self.slices.patients)} labelled patients ({self.slices.n_labeled} of "
-              f"{len(self.slices.names)} slices, cache {self.slices.cache}), steps: {steps}, {self.device}", flush=True)
+              f"{len(self.slices.names)} slices, cache {self.slices.cache}), steps: {steps}, "
+              f"{self.about['device']}", flush=True)
 
     # ---- the stages
 
@@ -705,7 +710,7 @@ class Run:
     def save(self, actnet):
         save_checkpoint(self.folder / "last.pt", self.content(actnet.nets) | dict(
             optimizer=actnet.optimizer.state_dict(), seconds=self.seconds, best=self.best, scores=self.scores,
-            data=self.digest), previous=self.folder / "previous.pt")
+            data=self.digest, threads=torch.get_num_threads()), previous=self.folder / "previous.pt")
         self.saved = time.perf_counter()
 
     def finish(self):

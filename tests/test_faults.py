@@ -41,6 +41,7 @@ from hypothesis import strategies as st
 
 import data_prep
 import evaluate
+import models
 import phantom
 import train_actnet
 from data_prep import DataError
@@ -583,6 +584,21 @@ def test_resume_needs_the_same_slices(run, raw, data, tmp_path, capsys):
     assert main("--resume", run, "--iters", 8, "--data", tmp_path / "other") == 2
     one_line(capsys.readouterr().err, "--data", tmp_path / "other")
     assert main("--resume", run, "--iters", 5, "--data", tmp_path / "same") == 0
+
+
+def test_a_resumed_run_takes_the_threads_that_it_began_with(run, capsys, monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(models, "idle_cores", lambda: 0)
+    saved = load_checkpoint(run / "last.pt")
+    assert saved["threads"] == before
+    torch.save(saved | {"threads": 3}, run / "last.pt")
+    try:
+        assert main("--resume", run, "--iters", 5) == 0
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert "CPU, 3 threads" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("given", ["", "nowhere", "file", "loop", "x" * 300])

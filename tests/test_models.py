@@ -1,4 +1,5 @@
 """models.py: sizes, any input, the one inference path, checkpoints whole or refused."""
+import io
 import os
 import pickle
 import re
@@ -149,6 +150,36 @@ def test_a_device_that_torch_cannot_use_is_named(monkeypatch):
     with pytest.raises(models.DeviceError, match=r"--gpu 0: torch .* cannot use it .*no kernel image.*--cpu"):
         models.pick_device()
     assert models.pick_device(None, True) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("idle", "number", "env", "expected", "told"), [
+    (2.0, None, None, 2, False), (1.2, None, None, 1, True), (0.0, None, None, 1, True), (9.0, None, None, 2, False),
+    (float("inf"), None, None, 2, False), (0.0, 3, None, 3, False), (0.0, 1, None, 1, False), (0.0, 3, "2", 2, False)])
+def test_choose_threads(monkeypatch, capsys, idle, number, env, expected, told):
+    """A machine whose torch would take two threads: what other work leaves, a resumed run's, the user's."""
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if env:
+        monkeypatch.setenv("OMP_NUM_THREADS", env)
+    monkeypatch.setattr(models, "idle_cores", lambda: idle)
+    torch.set_num_threads(2)
+    try:
+        models.choose_threads(torch.device("cuda"), number)
+        assert torch.get_num_threads() == 2
+        models.choose_threads(torch.device("cpu"), number)
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
+    assert ("threads: 1 of 2" in capsys.readouterr().err) == told
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="no /proc")
+def test_idle_cores_tells_a_busy_machine(monkeypatch):
+    assert 0 <= models.idle_cores(0.05) <= os.cpu_count()
+    lines = iter(["cpu  100 0 0 100 0 0\n", "cpu  130 0 10 150 10 0\n"])                   # 60 of 100 ticks idle
+    monkeypatch.setattr("builtins.open", lambda path: io.StringIO(next(lines)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    assert models.idle_cores(0) == pytest.approx(2.4)
 
 
 def test_pick_device(monkeypatch):
