@@ -84,7 +84,7 @@ class _Sum(torch.autograd.Function):
 
 
 class GlobalBatchNorm(nn.BatchNorm2d):
-    """Batch norm over the batch of all processes; SyncBatchNorm wants a GPU, and waits for it in every layer."""
+    """Batch norm over the batch of all processes on CPUs, where SyncBatchNorm refuses."""
 
     def forward(self, x):
         if not self.training:
@@ -100,9 +100,26 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         return (f * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)
 
 
-def parallel(net):
-    """The network for one of several processes: batch norm and gradients over all of them."""
+def add_up(dtype, bucket):
+    """Sums gradients over the processes, each of which holds its rows' share, where DistributedDataParallel would take
+    a mean: the loss keeps its weights to the bit, for any number of processes."""
+    grads = bucket.buffer()
+    sent = dist.all_reduce(grads.to(dtype), async_op=True).get_future()
+    return sent.then(lambda done: grads.copy_(done.value()[0]))
+
+
+def parallel(net, device, autocast=None):
+    """The network for one of several processes: batch norm and gradients over all of them.
+
+    On GPUs torch's SyncBatchNorm: it waits for the device in each layer, but moves 10 tensors of an activation's size
+    where GlobalBatchNorm moves 70. Under autocast to bf16 the gradients travel in bf16: those of convolutions, nearly
+    all, have just been computed in it. fp16's travel in fp32, as they are scaled and their infinities must stay rare.
+    """
+    if device.type == "cuda":
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     for module in net.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = GlobalBatchNorm
-    return DistributedDataParallel(net)
+    net = DistributedDataParallel(net, broadcast_buffers=False)                  # equal in all: of the whole batch
+    net.register_comm_hook(torch.bfloat16 if autocast is torch.bfloat16 else torch.float32, add_up)
+    return net

@@ -69,6 +69,12 @@ def bf16_pays(device):
     return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
+def fast_precision(device):
+    """What to train in: bf16; fp16 on a GPU that only emulates bf16 (before compute capability 8); fp32 on such a
+    CPU."""
+    return "bf16" if bf16_pays(device) else "fp16" if device.type == "cuda" else "fp32"
+
+
 # ---------------------------------------------------------------------------------------------------------- network
 
 def double_conv(c_in, c_out):
@@ -288,9 +294,9 @@ def load_last(run):
         return content
 
 
-def restore(checkpoint, nets, optimizer, run):
-    """The state of a run's networks {name: network} and, unless None, of their optimiser, from what load_last gave.
-    Raises CheckpointError where it does not fit."""
+def restore(checkpoint, nets, optimizer, run, scaler=None):
+    """The state of a run's networks {name: network} and, unless None, of their optimiser and its loss scaler, from what
+    load_last gave. Raises CheckpointError where it does not fit."""
     try:
         for name, net in nets.items():
             net.load_state_dict(checkpoint["networks"][name])
@@ -299,6 +305,8 @@ def restore(checkpoint, nets, optimizer, run):
             tensors = sum(len(group["params"]) for group in optimizer.param_groups)
             if len(optimizer.state) != tensors:
                 raise ValueError(f"the optimiser's state is of {len(optimizer.state)} of {tensors} tensors")
+        if scaler and checkpoint.get("scaler"):                               # empty: saved where no fp16 was wanted
+            scaler.load_state_dict(checkpoint["scaler"])
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(f"--resume {run}: the checkpoint's state does not fit its config ({reason})") from None
