@@ -101,6 +101,7 @@ def boxes(n, size, probability, rng, device):
 
 def mix(x, mask):
     """(N, ...), mask (M, 1, S, S) of its last M rows: inside a row's box the row before it; the first N - M stay."""
-    first, last = x[:len(x) - len(mask)], x[len(x) - len(mask):]
+    kept = len(x) - len(mask)
+    last = x[kept:] if kept else x
     mixed = torch.where(mask, last.roll(1, 0), last)
-    return torch.cat([first, mixed]) if len(first) else mixed
+    return torch.cat([x[:kept], mixed]) if kept else mixed

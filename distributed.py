@@ -4,6 +4,7 @@ Each of W processes takes every W-th row of the batch. Batch norm sees all rows,
 (so Dice is over the whole batch), and the losses equal those of one process but for rounding.
 """
 import os
+import warnings
 from datetime import timedelta
 
 import torch
@@ -59,6 +60,12 @@ def any_of(flag, device):
     return votes.item() > 0
 
 
+def own_rows(x):
+    """This process' rows of a batch, rank::world."""
+    rank, size = world()
+    return x if size == 1 else x[rank::size]
+
+
 def gather(logits):
     """This process' rows, rank::world of the batch -> the whole batch; a gradient flows into its own rows only."""
     rank, size = world()
@@ -95,7 +102,6 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * n / (n - 1), self.momentum)
-            self.num_batches_tracked += 1
         scale = self.weight * (var + self.eps).rsqrt()
         return (f * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)
 
@@ -118,8 +124,10 @@ def parallel(net, device, autocast=None):
     if device.type == "cuda":
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     for module in net.modules():
-        if type(module) is nn.BatchNorm2d:
+        if isinstance(module, nn.BatchNorm2d):
             module.__class__ = GlobalBatchNorm
-    net = DistributedDataParallel(net, broadcast_buffers=False)                  # equal in all: of the whole batch
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)                            # torch 2.13 renames the option
+        net = DistributedDataParallel(net, broadcast_buffers=False)               # equal in all: of the whole batch
     net.register_comm_hook(torch.bfloat16 if autocast is torch.bfloat16 else torch.float32, add_up)
     return net

@@ -51,7 +51,7 @@ import evaluate
 import models
 import phantom
 from data_prep import DataError
-from distributed import gather, world
+from distributed import gather, own_rows, world
 from kernels.dice_ce import dice_ce
 from kernels.student_loss import student_loss
 from models import UNet, count_parameters, load_checkpoint, load_model, pick_device, save_checkpoint
@@ -259,7 +259,6 @@ class ActNet:
         """One step on a batch of Slices -> TERMS (6,) float on the device. Waits for nothing; `mark` is told when a
         part's work has been issued."""
         cfg, n_labeled, local = self.cfg, len(y), step - self.stage.start
-        rank, processes = world()
         pseudo, coteacher = cfg.consistency == "pseudo", self.wrapped.get("coteacher")
         for group in self.optimizer.param_groups:
             group["lr"] = cfg.lr * max(0, 1 - local / self.stage.steps) ** 0.9
@@ -273,7 +272,7 @@ class ActNet:
         strength = cfg.intensity * np.repeat((1.0, 0.25, 1.0, 0.25)[:len(views)], sizes)
         seen = augment.perturb(torch.cat(views), rng, self.noise, strength).split(sizes)
         boxes = augment.boxes(len(x) - n_labeled, cfg.size, cfg.cutmix, rng, self.device)
-        x_s, x_c, *x_t = (view[rank::processes] for view in (augment.mix(seen[0], boxes), *seen[1:]))
+        x_s, x_c, *x_t = map(own_rows, (augment.mix(seen[0], boxes), *seen[1:]))
         mark("data")
 
         c, t_seg, t = None, None, answers
@@ -296,7 +295,7 @@ class ActNet:
         if c is not None and pseudo:
             said = [c] if answers is None else [c, t[n_labeled:]]                # a teacher trained along lags behind c
             sure, hard = torch.stack([a.float().softmax(1) for a in said]).mean(0).max(1)        # (B - L, H, W)
-            co = co + sum(dice_ce(s[n_labeled:], hard.masked_fill(sure < cfg.confidence, -100), **dice_kind))
+            co = sum(dice_ce(s[n_labeled:], hard.masked_fill(sure < cfg.confidence, -100), **dice_kind), co)
         loss = dice + ce + w_kd * kd + w_co * co                                                       # L_stu
         teacher_seg = sum(dice_ce(t_seg, y, **dice_kind)) if self.along else s.new_zeros(())           # its own L_seg
         mark("loss")
@@ -713,8 +712,8 @@ class Run:
 
     def save(self, actnet):
         save_checkpoint(self.folder / "last.pt", self.content(actnet.nets) | dict(
-            optimizer=actnet.optimizer.state_dict(), scaler=actnet.scaler.state_dict(), seconds=self.seconds, best=self.best, scores=self.scores,
-            data=self.digest), previous=self.folder / "previous.pt")
+            optimizer=actnet.optimizer.state_dict(), scaler=actnet.scaler.state_dict(), seconds=self.seconds,
+            best=self.best, scores=self.scores, data=self.digest), previous=self.folder / "previous.pt")
         self.saved = time.perf_counter()
 
     def finish(self):

@@ -308,17 +308,17 @@ def dice_ce_reference(logits, target, *, smooth=1e-5, squared=True, include_back
     log_p = F.log_softmax(x, 1)
     ce = F.nll_loss(log_p, target, ignore_index=ignore_index, reduction="sum") / keep.sum().clamp(min=1)
 
-    p = log_p.exp() * keep.unsqueeze(1)
+    keep = keep.unsqueeze(1)
+    p = log_p.exp() * keep
     classes = torch.arange(x.shape[1], device=x.device).view(1, -1, 1, 1)
-    y = ((target.unsqueeze(1) == classes) & keep.unsqueeze(1)).to(x.dtype)  # (N, C, H, W)
-    inter = (p * y).sum((0, 2, 3))
-    total = ((p.square() if squared else p) + y).sum((0, 2, 3))
-    if not include_background:
-        inter, total = inter[1:], total[1:]
-    num, den = 2 * inter + smooth, total + smooth
-    empty = den == 0  # smooth = 0 and the class nowhere
-    ratio = torch.where(empty, 1, num / torch.where(empty, 1, den))
-    return 1 - ratio.mean(), ce
+    y = (target.unsqueeze(1) == classes) & keep  # (N, C, H, W)
+    inter = (p * y).sum((0, 2, 3), keepdim=True)  # (1, C, 1, 1)
+    total = ((p.square() if squared else p) + y).sum((0, 2, 3), keepdim=True)
+    den = total + smooth
+    if smooth == 0:
+        den = den + (den == 0)  # a class that is nowhere: 0 / 0 becomes 0 / 1
+    distance = total.sub(inter, alpha=2) / den  # 1 - R_c
+    return distance[:, 0 if include_background else 1 :].mean(), ce
 
 
 def _use_triton(x):
