@@ -96,9 +96,12 @@ class GlobalBatchNorm(nn.BatchNorm2d):
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        f, n = x.float(), x.numel() / x.shape[1] * world()[1]
-        mean, square = _Sum.apply(torch.stack([f.sum((0, 2, 3)), f.square().sum((0, 2, 3))])) / n
-        var = (square - mean.square()).clamp_min(0)
+        (rank, size), f = world(), x.float()
+        n = x.numel() / x.shape[1] * size
+        own = torch.stack(torch.var_mean(f, (0, 2, 3), correction=0))                                         # (2, C)
+        every = _Sum.apply(torch.stack([own if i == rank else torch.zeros_like(own) for i in range(size)]))
+        between, mean = torch.var_mean(every[:, 1], 0, correction=0)
+        var = every[:, 0].mean(0) + between                    # no difference of squares, which would cancel
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * n / (n - 1), self.momentum)
