@@ -259,7 +259,7 @@ class ActNet:
         """One step on a batch of Slices -> TERMS (6,) float on the device. Waits for nothing; `mark` is told when a
         part's work has been issued."""
         cfg, n_labeled, local = self.cfg, len(y), step - self.stage.start
-        pseudo, coteacher = cfg.consistency == "pseudo", self.wrapped.get("coteacher")
+        scaled, pseudo, coteacher = self.scaler.is_enabled(), cfg.consistency == "pseudo", self.wrapped.get("coteacher")
         for group in self.optimizer.param_groups:
             group["lr"] = cfg.lr * max(0, 1 - local / self.stage.steps) ** 0.9
         ramp = math.exp(-5 * (1 - min(1, local / max(1, cfg.ramp * self.stage.steps))) ** 2) if cfg.ramp else 1.0
@@ -291,7 +291,7 @@ class ActNet:
         dice_kind = dict(squared=cfg.dice == "squared", include_background=cfg.dice == "squared")
         w_kd, w_co = ramp * cfg.lambda_kd, ramp * cfg.lambda_co
         dice, ce, kd, co = student_loss(s, y, t, None if pseudo else c, tau=cfg.tau, distill=cfg.distill,
-                                        expected_grads=(1.0, 1.0, w_kd, w_co), **dice_kind)
+                                        expected_grads=None if scaled else (1.0, 1.0, w_kd, w_co), **dice_kind)
         if c is not None and pseudo:
             said = [c] if answers is None else [c, t[n_labeled:]]                # a teacher trained along lags behind c
             sure, hard = torch.stack([a.float().softmax(1) for a in said]).mean(0).max(1)        # (B - L, H, W)

@@ -15,7 +15,7 @@ A class absent from prediction and label has R_c = 1 (also with smooth=0); with 
 Bytes. Let U be the logits and L the labels. Dice couples all pixels, so two passes are the least:
     forward   R z, R L         per-program sums (at most 768 * (3 C + 1) floats), then one program finishes them
     backward  R z, R L, W g    in all 3 U + 2 L, peak beyond the inputs 1 U and only in the backward
-    eager     46 U in fp32 with uint8 labels (55 kernels, half of them tiny), 98 U in bf16
+    eager     42 U in fp32 with uint8 labels (44 kernels, half of them tiny), 91 U in bf16
 Labels of uint8 weigh an eighth of int64. Incoming gradients are multiplied in fp32 before the cast, so an fp16 gradient
 (a mean over 24*256*256 pixels: below 1e-7, where fp16 ends at 6e-8) keeps its digits under a loss scale.
 16-byte loads and what becomes of them when H*W is not divisible by 16: as in softmax_kl.py; but channels_last of four

@@ -23,7 +23,7 @@ compares them, on the device, with those that arrive: nothing to do, or all of i
     expected_grads wrong     the same                     R s, t, c, L; W g         8 U + u + 3 L        8.6 U
     expected_grads=None      R u, L; R s, t, c            R s, t, c, L; W g         7 U + u + 2 L        7.6 U
     dice_ce, softmax_kl and softmax_mse, right guesses: 6 U + 3 u + 2 L, and 8 U to slice and to add    15.6 U
-    eager                    89 kernels                                                                 71 U
+    eager                    79 kernels                                                                 69 U
 Peak beyond the inputs: one gradient. fp16 is never guessed, as a loss scaler's factor is not 1; incoming gradients are
 multiplied in fp32 before the cast, so what is near 1e-7 keeps its digits under a loss scale. No atomics, fixed order of
 every sum: two runs agree bit for bit. Loads of NCHW logits take 16 bytes where H*W is divisible by 16 (C <= 4, fp32

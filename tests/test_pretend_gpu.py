@@ -113,6 +113,9 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch, "Generator", Generator)
     true_scaler = torch.amp.GradScaler                        # disables itself where torch finds no GPU
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: true_scaler("cpu", enabled=enabled))
+    group = torch.optim.Optimizer._group_tensors_by_device_and_dtype                   # C++ knows the true place
+    monkeypatch.setattr(torch.optim.Optimizer, "_group_tensors_by_device_and_dtype", staticmethod(
+        lambda *args, **kwargs: {(GPU, dtype): v for (_, dtype), v in group(*args, **kwargs).items()}))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "pretended")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**36, 2**36))

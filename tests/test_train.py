@@ -863,8 +863,18 @@ def test_a_run_in_fp16_is_resumed_to_the_bit(data, tmp_path, monkeypatch, optimi
     resumed = load_checkpoint(tmp_path / "two" / "last.pt")
     for key in ("networks", "optimizer", "scaler"):
         assert equal(resumed[key], last[key]), key
-    monkeypatch.setattr(train_actnet.models, "fast_precision", lambda device: "fp32")         # on another device
-    assert load_checkpoint(tmp_path / "whole" / "last.pt")["config"]["precision"] == "fp16"
+
+
+def test_a_run_goes_on_where_another_precision_is_fast(data, tmp_path, monkeypatch):
+    """--precision auto, from a GPU that has bf16 to one that has not, and back: the scale begins anew."""
+    for before, after in (("fp32", "fp16"), ("fp16", "fp32")):
+        options = ["--precision", "auto", "--method", "sup", "--minutes", 1e-9]
+        monkeypatch.setattr(models, "fast_precision", lambda device, precision=before: precision)
+        run(data, tmp_path / before, *options)
+        monkeypatch.setattr(models, "fast_precision", lambda device, precision=after: precision)
+        assert main(["--resume", str(tmp_path / before), "--minutes", "0"]) == 0
+        last = load_checkpoint(tmp_path / before / "last.pt")
+        assert (last["step"], bool(last["scaler"])) == (4, after == "fp16")
 
 
 def spoil(actnet, steps):
