@@ -909,6 +909,16 @@ def test_a_step_with_an_infinite_gradient_is_skipped(data, optimizer):
     assert any(states["plain"][0][key].any() for key in states["plain"][0])
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_no_gradient_is_guessed_under_a_loss_scale(data, monkeypatch, precision):
+    told, real = [], train_actnet.student_loss
+    monkeypatch.setattr(train_actnet, "student_loss", lambda *args, expected_grads, **options: (
+        told.append(expected_grads), real(*args, expected_grads=expected_grads, **options))[1])
+    slices, act = last_stage(config(data, precision=precision, lambda_kd=0.3))
+    act.step(0, *slices.batch(0))
+    assert told == [None if precision == "fp16" else (1.0, 1.0, 0.3, 1.0)]
+
+
 def test_steps_that_are_skipped_without_end_stop_the_run(data, tmp_path, monkeypatch, capsys):
     begin = ActNet.__init__
 
