@@ -20,9 +20,9 @@ def standardize(x):
     return (x - mean) / deviation.clamp_min(1e-6)
 
 
-def put(array, device):
-    """numpy -> float tensor on the device."""
-    return torch.from_numpy(array).float().to(device, non_blocking=True)
+def put(array, device, dtype=np.float32):
+    """numpy -> tensor on the device."""
+    return torch.from_numpy(array.astype(dtype)).to(device, non_blocking=True)
 
 
 def smooth(nodes, size, device):
@@ -63,8 +63,7 @@ def heart_window(n, size, side, rng, device):
     axis = rotation(rng.uniform(0, np.pi, n))
     other = axis @ np.stack([stretch, shear, zero, 1 / stretch], 1).reshape(n, 2, 2) @ axis.transpose(0, 2, 1)
     bend = rng.uniform(0, 1, (n, 1, 1, 1)) * rng.normal(0, 6 / side, (n, 2, 6, 6)) * (size / 128)
-    linear = put(linear, device) @ put(other, device)
-    theta = torch.cat([linear, put(shift, device)], 2)                                                   # (N, 2, 3)
+    theta = put(np.concatenate([linear @ other, shift], 2), device)                                      # (N, 2, 3)
     grid = F.affine_grid(theta, (n, 1, size, size), align_corners=False)
     return grid + smooth(bend, size, device).permute(0, 2, 3, 1)
 
@@ -73,16 +72,19 @@ def heart_window(n, size, side, rng, device):
 
 def perturb(x, rng, noise, strength):
     """(N, 1, S, S) in 0..1 -> the same, each slice with a gamma, a coil's uneven field, mean 0 and deviation 1, blur
-    or sharpening, contrast, brightness and noise of its own; `strength` 0 only standardises."""
+    or sharpening, contrast, brightness and noise of its own. strength: a number, or (N,) numpy; 0 only standardises."""
     n, size, device = len(x), x.shape[-1], x.device
-    gamma, contrast, brightness, sigma = put(strength * rng.uniform(-1, 1, (4, n, 1, 1, 1)), device)
-    x = standardize(x.clamp_min(1e-4) ** torch.exp(0.5 * gamma))
-    uneven = smooth(strength * rng.normal(0, 0.3, (n, 1, 4, 4)), size, device)
-    x = standardize((x - x.amin((2, 3), keepdim=True)) * torch.exp(uneven))
-    blur = put(strength * rng.uniform(-1, 1, (n, 1, 1, 1)), device)                                # below 0: sharper
-    x = x + blur * (F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1) - x)
-    grain = torch.randn(x.shape, device=device, generator=noise)
-    return x * torch.exp(0.3 * contrast) + 0.3 * brightness + 0.2 * sigma.abs() * grain
+    strength = np.broadcast_to(strength, n)
+    gamma, contrast, brightness, grain, blur = strength * rng.uniform(-1, 1, (5, n))
+    numbers = np.stack([np.exp(0.5 * gamma), np.exp(0.3 * contrast), 0.3 * brightness, 0.2 * np.abs(grain), blur])
+    gamma, contrast, brightness, grain, blur = put(numbers.reshape(5, n, 1, 1, 1), device).unbind()
+    uneven = smooth(strength[:, None, None, None] * rng.normal(0, 0.3, (n, 1, 4, 4)), size, device).exp()
+    x = x.clamp_min(1e-4) ** gamma
+    x = standardize((x - x.amin((2, 3), keepdim=True)) * uneven)
+    soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    x = torch.lerp(x, soft, blur)                                                                  # below 0: sharper
+    x = torch.addcmul(brightness, x, contrast)
+    return torch.addcmul(x, grain, torch.randn(x.shape, device=device, generator=noise))
 
 
 # ----------------------------------------------------------------------------------------------------------- cutmix
@@ -91,13 +93,15 @@ def boxes(n, size, probability, rng, device):
     """CutMix -> mask (N, 1, S, S), true inside a box of a quarter to half of the side, in some of the slices."""
     side = size * rng.uniform(0.25, 0.5, (n, 2)) * (rng.random((n, 1)) < probability)
     low = rng.uniform(0, size - side)
-    edges = put(np.stack([low, low + side]), device)                                                    # (2, N, 2)
-    ticks = torch.arange(size, device=device)
-    inside = (ticks >= edges[0, :, :, None]) & (ticks < edges[1, :, :, None])                           # (N, 2, S)
-    return inside[:, None, 0, :, None] & inside[:, None, 1, None, :]
+    ticks = np.arange(size)
+    inside = (ticks >= low[..., None]) & (ticks < (low + side)[..., None])                              # (N, 2, S)
+    rows, columns = inside[:, None, 0, :, None], inside[:, None, 1, None, :]
+    return put(rows, device, bool) & put(columns, device, bool)
 
 
 def mix(x, mask):
     """(N, ...), mask (M, 1, S, S) of its last M rows: inside a row's box the row before it; the first N - M stay."""
-    first, last = x.split([len(x) - len(mask), len(mask)])
-    return torch.cat([first, torch.where(mask, last.roll(1, 0), last)])
+    kept = len(x) - len(mask)
+    last = x[kept:] if kept else x
+    mixed = torch.where(mask, last.roll(1, 0), last)
+    return torch.cat([x[:kept], mixed]) if kept else mixed

@@ -97,12 +97,26 @@ def bf16_pays(device):
     return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
+def fast_precision(device):
+    """What to train in: bf16; fp16 on a GPU that only emulates bf16 (before compute capability 8); fp32 on such a
+    CPU."""
+    return "bf16" if bf16_pays(device) else "fp16" if device.type == "cuda" else "fp32"
+
+
 # ---------------------------------------------------------------------------------------------------------- network
+
+class BatchNorm(nn.BatchNorm2d):
+    """Counts no batches, which a fixed momentum does not need: one launch less in each layer."""
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training,
+                            self.momentum, self.eps)
+
 
 def double_conv(c_in, c_out):
     layers = []
     for c in (c_in, c_out):
-        layers += [nn.Conv2d(c, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
+        layers += [nn.Conv2d(c, c_out, 3, padding=1, bias=False), BatchNorm(c_out), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
 
 
@@ -124,7 +138,8 @@ class UNet(nn.Module):
     def forward(self, x):
         h, w = x.shape[-2:]
         step = 2 ** (len(self.down) - 1)
-        if h % step or w % step or torch.compiler.is_exporting():            # exported, it must fit any size
+        padded = h % step or w % step or torch.compiler.is_exporting()       # exported, it must fit any size
+        if padded:
             x = F.pad(x, (0, -w % step, 0, -h % step), mode="replicate")
         skips = []
         for i, conv in enumerate(self.down):
@@ -133,7 +148,8 @@ class UNet(nn.Module):
         skips.pop()
         for up, merge in zip(self.up, self.merge, strict=True):
             x = merge(torch.cat([skips.pop(), up(x)], dim=1))
-        return self.head(x)[..., :h, :w]
+        x = self.head(x)
+        return x[..., :h, :w] if padded else x
 
 
 def count_parameters(net):
@@ -316,9 +332,9 @@ def load_last(run):
         return content
 
 
-def restore(checkpoint, nets, optimizer, run):
-    """The state of a run's networks {name: network} and, unless None, of their optimiser, from what load_last gave.
-    Raises CheckpointError where it does not fit."""
+def restore(checkpoint, nets, optimizer, run, scaler=None):
+    """The state of a run's networks {name: network} and, unless None, of their optimiser and its loss scaler, from what
+    load_last gave. Raises CheckpointError where it does not fit."""
     try:
         for name, net in nets.items():
             net.load_state_dict(checkpoint["networks"][name])
@@ -327,6 +343,8 @@ def restore(checkpoint, nets, optimizer, run):
             tensors = sum(len(group["params"]) for group in optimizer.param_groups)
             if len(optimizer.state) != tensors:
                 raise ValueError(f"the optimiser's state is of {len(optimizer.state)} of {tensors} tensors")
+        if scaler and checkpoint.get("scaler"):                               # empty: saved where no fp16 was wanted
+            scaler.load_state_dict(checkpoint["scaler"])
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(f"--resume {run}: the checkpoint's state does not fit its config ({reason})") from None

@@ -375,13 +375,15 @@ def onnx_session(net):
 
 
 def time_inference(net, inference, device="cpu", slices=10, frames=30):
-    """Seconds per frame of `slices` x 256 x 216 at 1.4 mm, (frames,) each -> {"torch fp32": ..., "torch bf16": ...,
-    "onnxruntime": ... where installed}. The image is noise, which costs as much as a heart."""
+    """Seconds per frame of `slices` x 256 x 216 at 1.4 mm, (frames,) each -> {"torch fp32": ..., and where this machine
+    has them "torch bf16": ..., "onnxruntime": ...}. The image is noise, which costs as much as a heart."""
     frame = np.random.default_rng(0).random((slices, 256, 216), np.float32)
 
     def fp32():
         segment_volume(net, frame, **inference)
-    ways = {"torch fp32": fp32, "torch bf16": torch.autocast(torch.device(device).type, torch.bfloat16)(fp32)}
+    ways, device = {"torch fp32": fp32}, torch.device(device)
+    if models.bf16_pays(device):                                              # emulated it would take minutes
+        ways["torch bf16"] = torch.autocast(device.type, torch.bfloat16)(fp32)
     if session := onnx_session(net):
         size = inference["size"]
         window = (size, size) if inference["view"] == "whole" else [min(size, n) for n in frame.shape[1:]]

@@ -164,9 +164,9 @@ class Slices:
         y = augment.warp(labels, grid[:len(labels)], "nearest", "zeros")[:, 0].to(torch.uint8)
         if not len(answers):
             return x, y, None, rng
-        heart = augment.warp(answers.to(self.device, non_blocking=True).float() / 255, grid, outside="zeros")
-        probs = torch.cat([1 - heart.sum(1, keepdim=True), heart], 1)                    # outside: background
-        return x, y, probs.clamp_min(1 / 510).log(), rng                       # a byte knows no less than half of 1/255
+        heart = augment.warp(answers.to(self.device, non_blocking=True).float(), grid, outside="zeros")
+        bytes_ = torch.cat([255 - heart.sum(1, keepdim=True), heart], 1)                  # outside: background
+        return x, y, bytes_.clamp_min_(0.5).log_(), rng            # half of the least byte; logits have no unit
 
 
 @torch.no_grad()

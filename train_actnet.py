@@ -54,7 +54,7 @@ import evaluate
 import models
 import phantom
 from data_prep import DataError
-from distributed import gather, world
+from distributed import gather, own_rows, world
 from kernels.dice_ce import dice_ce
 from kernels.student_loss import student_loss
 from models import UNet, count_parameters, load_checkpoint, load_model, pick_device, save_checkpoint
@@ -84,7 +84,8 @@ class Config:
     val_every: int = option(500, "steps between validations", low=1)
     save_minutes: float = option(1.0, "least time between checkpoints, which validations make; 0: each")
     log_every: int = option(20, "steps between rows of log.csv", low=1)
-    precision: str = option("auto", "auto: bf16 where the device computes in it", ("auto", "bf16", "fp32"))
+    precision: str = option("auto", "auto: bf16 where the device computes in it, fp16 on an older GPU",
+                            ("auto", "bf16", "fp16", "fp32"))
     compile: bool = option(False, "torch.compile the networks; did not pay on a CPU")
     deterministic: bool = option(False, "only kernels that repeat bit for bit, slower on a GPU")
     batch: int = option(24, "slices of a co-teaching step", group="data", low=1, high=2**16)
@@ -234,9 +235,10 @@ class ActNet:
         self.cfg, self.device, self.stage, self.nets, self.noise = cfg, device, stage, nets, noise
         self.learner = next(iter(nets))
         self.along = self.learner != "teacher" and "teacher" in nets
-        bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and models.bf16_pays(device))
-        self.precision = "bf16" if bf16 else "fp32"
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+        self.precision = cfg.precision if cfg.precision != "auto" else models.fast_precision(device)
+        dtype = dict(fp16=torch.float16, bf16=torch.bfloat16).get(self.precision)
+        self.autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
         if "coteacher" in nets:                                            # batch norm's counters are copied
             def tensors(name, real):
                 return [v for v in nets[name].state_dict().values() if v.is_floating_point() == real]
@@ -248,75 +250,76 @@ class ActNet:
             self.optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=0.05, fused=True)
         else:
             self.optimizer = torch.optim.SGD(parameters, lr=cfg.lr, momentum=0.9, weight_decay=1e-4, fused=True)
+            for p in parameters:                           # torch's own would hold anything after a skipped first step
+                self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
         self.wrapped = dict(nets)                                               # what a step calls
         if cfg.compile:                                       # static: the networks differ in their number of rows
             self.wrapped = {name: torch.compile(net, dynamic=False) for name, net in nets.items()}
         if world()[1] > 1:
-            self.wrapped |= {name: distributed.parallel(self.wrapped[name]) for name in trained}
+            self.wrapped |= {name: distributed.parallel(self.wrapped[name], device, dtype) for name in trained}
 
     def step(self, step, x, y, answers, rng, mark=lambda part: None):
         """One step on a batch of Slices -> TERMS (6,) float on the device. Waits for nothing; `mark` is told when a
         part's work has been issued."""
         cfg, n_labeled, local = self.cfg, len(y), step - self.stage.start
-        rank, processes = world()
-        pseudo, coteacher = cfg.consistency == "pseudo", self.wrapped.get("coteacher")
+        scaled, pseudo, coteacher = self.scaler.is_enabled(), cfg.consistency == "pseudo", self.wrapped.get("coteacher")
         for group in self.optimizer.param_groups:
             group["lr"] = cfg.lr * max(0, 1 - local / self.stage.steps) ** 0.9
         ramp = math.exp(-5 * (1 - min(1, local / max(1, cfg.ramp * self.stage.steps))) ** 2) if cfg.ramp else 1.0
 
         # One geometry for all networks, an intensity of its own for each: the students of this game see hard pictures,
         # those who answer see mild ones. Of several processes each takes every world-th row.
-        def see(x, strength):
-            return augment.perturb(x, rng, self.noise, strength * cfg.intensity)
-        mine = slice(rank, None, processes)
+        asked = len(x) if coteacher is None else n_labeled * pseudo          # hard labels only where there are none
+        views = [x, x[asked:]] + [x[:n_labeled], x[n_labeled:]] * self.along
+        sizes = [len(view) for view in views]
+        strength = cfg.intensity * np.repeat((1.0, 0.25, 1.0, 0.25)[:len(views)], sizes)
+        seen = augment.perturb(torch.cat(views), rng, self.noise, strength).split(sizes)
         boxes = augment.boxes(len(x) - n_labeled, cfg.size, cfg.cutmix, rng, self.device)
-        x_s = augment.mix(see(x, 1.0), boxes)[mine]
-        asked = x[n_labeled if pseudo else 0:]                               # hard labels only where there are none
-        x_c = see(asked, 0.25)[mine] if coteacher is not None and len(asked) else None
-        x_t = see(x[n_labeled:], 0.25)[mine] if self.along and len(x) > n_labeled else None
-        x_l = see(x[:n_labeled], 1.0)[mine] if self.along else None
+        x_s, x_c, *x_t = map(own_rows, (augment.mix(seen[0], boxes), *seen[1:]))
         mark("data")
 
         c, t_seg, t = None, None, answers
         with self.autocast:
             s = gather(self.wrapped[self.learner](x_s))                                     # (B, C, S, S) logits
             mark("student")
-            if x_c is not None:
+            if len(x_c):
                 with torch.no_grad():
                     c = augment.mix(gather(coteacher(x_c)), boxes)                          # (B or B - L, C, S, S)
             mark("coteacher")
             if self.along:
-                t_seg, t = self.teach(x_l, x_t)
+                t_seg, t = self.teach(*x_t)
             t = augment.mix(t, boxes) if t is not None else None
         mark("teacher")
 
         dice_kind = dict(squared=cfg.dice == "squared", include_background=cfg.dice == "squared")
-        weights = 1.0, 1.0, ramp * cfg.lambda_kd, ramp * cfg.lambda_co
+        w_kd, w_co = ramp * cfg.lambda_kd, ramp * cfg.lambda_co
         dice, ce, kd, co = student_loss(s, y, t, None if pseudo else c, tau=cfg.tau, distill=cfg.distill,
-                                        expected_grads=[processes * w for w in weights], **dice_kind)
+                                        expected_grads=None if scaled else (1.0, 1.0, w_kd, w_co), **dice_kind)
         if c is not None and pseudo:
             said = [c] if answers is None else [c, t[n_labeled:]]                # a teacher trained along lags behind c
             sure, hard = torch.stack([a.float().softmax(1) for a in said]).mean(0).max(1)        # (B - L, H, W)
-            co = co + sum(dice_ce(s[n_labeled:], hard.masked_fill(sure < cfg.confidence, -100), **dice_kind))
-        loss = sum(w * term for w, term in zip(weights, (dice, ce, kd, co), strict=True))    # L_stu
-        teacher_seg = s.new_zeros(()) if t_seg is None else sum(dice_ce(t_seg, y, **dice_kind))        # its own L_seg
+            co = sum(dice_ce(s[n_labeled:], hard.masked_fill(sure < cfg.confidence, -100), **dice_kind), co)
+        loss = dice + ce + w_kd * kd + w_co * co                                                       # L_stu
+        teacher_seg = sum(dice_ce(t_seg, y, **dice_kind)) if self.along else s.new_zeros(())           # its own L_seg
         mark("loss")
 
         self.optimizer.zero_grad(set_to_none=True)
-        (processes * (loss + teacher_seg)).backward()           # times W: each process holds its rows' share of a sum,
-        mark("backward")                                        # and DistributedDataParallel takes the mean
-        self.optimizer.step()
+        self.scaler.scale(loss + teacher_seg if self.along else loss).backward()
+        mark("backward")
+        self.scaler.step(self.optimizer)                       # fp16: leaves the weights where a gradient is infinite
+        self.scaler.update()
         mark("optimizer")
-        if coteacher is not None:                      # a plain mean of the first steps, then the moving average
+        if coteacher is not None:                      # a plain mean of the first steps, then the moving average;
+            # a step that was skipped counts like one of rate 0: to leave it out would want its own kernels
             get_ema_multi_avg_fn(min(cfg.ema, local / (local + 1)))(*self.averaged, None)
             torch._foreach_copy_(*self.copied)
         mark("ema")
-        return torch.stack([v.detach().float() for v in (loss, dice, ce, kd, co, teacher_seg)])
+        return torch.stack((loss, dice, ce, kd, co, teacher_seg)).detach()
 
     def teach(self, x_l, x_t):
         """A teacher that trains along: its logits of the labelled slices, to learn from, and of all, detached."""
         teacher, answers = self.wrapped["teacher"], []
-        if x_t is not None:
+        if len(x_t):
             self.nets["teacher"].eval()
             with torch.no_grad():
                 answers = [gather(getattr(teacher, "module", teacher)(x_t))]                  # inside DDP, if it is
@@ -482,6 +485,9 @@ class Run:
         self.entered = self.enter(todo[0]) if resume and todo else None    # a state that does not fit is refused before
         self.about = self.describe()                                       # anything is written
         if not resume:
+            if cfg.precision == "bf16" and not models.bf16_pays(self.device):
+                raise DataError(f"--precision bf16: this device only emulates it; "
+                                f"{models.fast_precision(self.device)} is what --precision auto takes here")
             for path in cfg.teacher_ckpt:
                 load_teacher(path, cfg)
             if cfg.init:
@@ -558,7 +564,7 @@ class Run:
         nets = self.networks(stage)
         actnet = ActNet(self.cfg, self.device, stage, nets, self.slices.noise)
         if self.resume and self.done > stage.start:
-            models.restore(self.resume, nets, actnet.optimizer, self.cfg.out)
+            models.restore(self.resume, nets, actnet.optimizer, self.cfg.out, actnet.scaler)
         self.resume = None                                                                # gigabytes, perhaps
         return actnet
 
@@ -619,13 +625,13 @@ class Run:
             self.estimate()
             due = self.done % cfg.log_every == 0 or self.done % cfg.val_every == 0 or self.done == end
             if len(history) % 20 == 0 and not due:                   # found at most 20 steps late; due: looked at below
-                self.finite(history)
+                self.finite(actnet, history)
             stop = self.stopping() if alone or due else False
             if not (due or stop):
                 continue
 
             # Everything below waits for the device; above only the look at the terms, every 20 steps, does.
-            terms, history = self.finite(history), []
+            terms, history = self.finite(actnet, history), []
             seconds = time.perf_counter() - marked[1]
             self.seconds += seconds
             slices = (self.done - marked[0]) * (cfg.sup_batch if stage.number < 3 else cfg.batch)
@@ -651,12 +657,14 @@ class Run:
 
     # ---- looking at it
 
-    def finite(self, history):
+    def finite(self, actnet, history):
         """The last steps' terms (steps, 6), of which none is NaN or infinite. Waits for the device."""
         terms = torch.stack(history).cpu().numpy()
         for i in np.flatnonzero(~np.isfinite(terms).all(1))[:1]:
             said = ", ".join(f"{k} {v:.3g}" for k, v in zip(TERMS, terms[i], strict=True))
             self.refuse(self.done - len(terms) + int(i), said)
+        if actnet.scaler.get_scale() < 1:                                 # halved by each skipped step, from 65536 on
+            self.refuse(self.done - 1, "fp16: steps are skipped, their gradients infinite at any scale of the loss")
         return terms
 
     def refuse_infinite(self, actnet, step):
@@ -709,8 +717,9 @@ class Run:
 
     def save(self, actnet):
         save_checkpoint(self.folder / "last.pt", self.content(actnet.nets) | dict(
-            optimizer=actnet.optimizer.state_dict(), seconds=self.seconds, best=self.best, scores=self.scores,
-            data=self.digest, threads=torch.get_num_threads()), previous=self.folder / "previous.pt")
+            optimizer=actnet.optimizer.state_dict(), scaler=actnet.scaler.state_dict(), seconds=self.seconds,
+            best=self.best, scores=self.scores, data=self.digest, threads=torch.get_num_threads(),
+        ), previous=self.folder / "previous.pt")
         self.saved = time.perf_counter()
 
     def finish(self):

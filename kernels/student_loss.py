@@ -23,7 +23,7 @@ compares them, on the device, with those that arrive: nothing to do, or all of i
     expected_grads wrong     the same                     R s, t, c, L; W g         8 U + u + 3 L        8.6 U
     expected_grads=None      R u, L; R s, t, c            R s, t, c, L; W g         7 U + u + 2 L        7.6 U
     dice_ce, softmax_kl and softmax_mse, right guesses: 6 U + 3 u + 2 L, and 8 U to slice and to add    15.6 U
-    eager                    89 kernels                                                                 71 U
+    eager                    79 kernels                                                                 69 U
 Peak beyond the inputs: one gradient. fp16 is never guessed, as a loss scaler's factor is not 1; incoming gradients are
 multiplied in fp32 before the cast, so what is near 1e-7 keeps its digits under a loss scale. No atomics, fixed order of
 every sum: two runs agree bit for bit. Loads of NCHW logits take 16 bytes where H*W is divisible by 16 (C <= 4, fp32
@@ -369,8 +369,7 @@ def student_loss(
     A label that is no class: IndexError from the reference, a NaN ce from the kernel (a check would be a host sync).
     """
     s = student_logits
-    teachers = [None if x is None else x.detach() for x in (teacher_logits, coteacher_logits)]
-    given = [x for x in teachers if x is not None]
+    given = [x for x in (teacher_logits, coteacher_logits) if x is not None]
     if s.dim() != 4 or s.shape[1] < 2 or any(x.shape != s.shape for x in given):
         raise ValueError(f"want logits (N, C >= 2, H, W), got {[tuple(x.shape) for x in (s, *given)]}")
     if target.dim() != 3 or target.shape[1:] != s.shape[2:] or len(target) > len(s):
@@ -383,12 +382,13 @@ def student_loss(
         raise ValueError(f"want tau > 0, smooth >= 0, distill kl or mse; got {tau}, {smooth}, {distill}")
     if not _use_triton(s, *given):
         return student_loss_reference(
-            s, target, *teachers, tau=tau, distill=distill, smooth=smooth, squared=squared,
+            s, target, teacher_logits, coteacher_logits, tau=tau, distill=distill, smooth=smooth, squared=squared,
             include_background=include_background, ignore_index=ignore_index,
         )  # fmt: skip
     apply = _StudentLoss.apply
     if torch.compiler.is_compiling():  # the graph breaks around the launches
         apply = torch.compiler.disable(apply)
+    teachers = [None if x is None else x.detach() for x in (teacher_logits, coteacher_logits)]
     guess = expected_grads is not None and s.dtype != torch.float16 and s.requires_grad and torch.is_grad_enabled()
     return apply(
         s, target, *teachers, float(tau), distill == "mse", float(smooth), bool(squared),
@@ -406,31 +406,32 @@ def student_loss_reference(
     target = target.long()
     keep = target != ignore_index  # (N_l, H, W)
     log_p = F.log_softmax(x, 1)
-    probs = log_p.exp()
     labeled = log_p[: len(target)]
     ce = F.nll_loss(labeled, target, ignore_index=ignore_index, reduction="sum") / keep.sum().clamp(min=1)
 
-    p = probs[: len(target)] * keep.unsqueeze(1)
+    keep = keep.unsqueeze(1)
+    p = labeled.exp() * keep
     classes = torch.arange(x.shape[1], device=x.device).view(1, -1, 1, 1)
-    y = ((target.unsqueeze(1) == classes) & keep.unsqueeze(1)).to(x.dtype)  # (N_l, C, H, W)
-    inter = (p * y).sum((0, 2, 3))
-    total = ((p.square() if squared else p) + y).sum((0, 2, 3))
-    if not include_background:
-        inter, total = inter[1:], total[1:]
-    num, den = 2 * inter + smooth, total + smooth
-    empty = den == 0  # smooth = 0 and the class nowhere
-    dice = 1 - torch.where(empty, 1, num / torch.where(empty, 1, den)).mean()
+    y = (target.unsqueeze(1) == classes) & keep  # (N_l, C, H, W)
+    inter = (p * y).sum((0, 2, 3), keepdim=True)  # (1, C, 1, 1)
+    total = ((p.square() if squared else p) + y).sum((0, 2, 3), keepdim=True)
+    den = total + smooth
+    if smooth == 0:
+        den = den + (den == 0)  # a class that is nowhere: 0 / 0 becomes 0 / 1
+    distance = total.sub(inter, alpha=2) / den  # 1 - R_c
+    dice = distance[:, 0 if include_background else 1 :].mean()
 
     kd = co = x.new_zeros(())
     if teacher_logits is not None:
         log_s = log_p if tau == 1 else F.log_softmax(x / tau, 1)
-        log_t = F.log_softmax(teacher_logits.detach().to(x.dtype) / tau, 1)
+        t = teacher_logits.detach().to(x.dtype)
+        log_t = F.log_softmax(t if tau == 1 else t / tau, 1)
         if distill == "kl":
             kd = (log_t.exp() * (log_t - log_s)).sum() * (tau * tau / pixels)
         else:
             kd = F.mse_loss(log_s.exp(), log_t.exp(), reduction="sum") / pixels
     if coteacher_logits is not None:
-        co = F.mse_loss(probs, F.softmax(coteacher_logits.detach().to(x.dtype), 1), reduction="sum") / pixels
+        co = F.mse_loss(log_p.exp(), F.softmax(coteacher_logits.detach().to(x.dtype), 1), reduction="sum") / pixels
     return dice, ce, kd, co
 
 

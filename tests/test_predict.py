@@ -598,13 +598,16 @@ def test_killed(tmp_path, checkpoint, number):
 
 # ----------------------------------------------------------------------------------------------------- time, onnx
 
-def test_time(capsys, monkeypatch, checkpoint):
+@pytest.mark.parametrize("pays", [True, False])
+def test_time(capsys, monkeypatch, checkpoint, pays):
+    monkeypatch.setattr(predict.models, "bf16_pays", lambda device: pays)                     # emulated: not offered
     real = predict.time_inference
     monkeypatch.setattr(predict, "time_inference", lambda *a: real(*a, slices=1, frames=2))
     code, stdout, _ = run(capsys, checkpoint, "--time", "--cpu")
     assert code == 0
     rows = re.findall(r"^(.+?) +([\d.]+) ms per slice \(fastest [\d.]+\) +([\d.]+) s per cine", stdout, re.M)
-    assert [r[0] for r in rows][:2] == ["torch fp32", "torch bf16"]
+    named = [r[0] for r in rows if r[0] != "onnxruntime"]
+    assert named == ["torch fp32"] + ["torch bf16"] * pays
     assert all(float(r[1]) > 0 and float(r[2]) >= 0 for r in rows)
 
 

@@ -111,6 +111,11 @@ def gpu(monkeypatch):
     for module in (models, train_actnet, evaluate):
         monkeypatch.setattr(module, "pick_device", lambda gpu=None, cpu=False: GPU)
     monkeypatch.setattr(torch, "Generator", Generator)
+    true_scaler = torch.amp.GradScaler                        # disables itself where torch finds no GPU
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: true_scaler("cpu", enabled=enabled))
+    group = torch.optim.Optimizer._group_tensors_by_device_and_dtype                   # C++ knows the true place
+    monkeypatch.setattr(torch.optim.Optimizer, "_group_tensors_by_device_and_dtype", staticmethod(
+        lambda *args, **kwargs: {(GPU, dtype): v for (_, dtype), v in group(*args, **kwargs).items()}))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "pretended")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**36, 2**36))
@@ -136,6 +141,7 @@ def test_mixing_and_waiting_are_seen(gpu):
     {}, {"cache": "ram"}, {"cache": "disk"}, {"method": "sup"}, {"method": "mt"}, {"method": "kd"},
     {"teacher_along": True}, {"method": "kd", "teacher_along": True},
     {"view": "whole", "optimizer": "sgd", "consistency": "mse", "distill": "mse", "dice": "squared"},
+    {"precision": "fp16"}, {"precision": "fp16", "optimizer": "sgd"},
 ], ids=lambda changes: "-".join(map(str, changes.values())) or "act")
 def test_a_step_stays_on_the_gpu_and_never_waits(data, gpu, changes):  # noqa: F811
     with gpu:

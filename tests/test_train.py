@@ -5,10 +5,12 @@ import functools
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -16,13 +18,18 @@ import h5py
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.distributed.distributed_c10d import BackendConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import augment
+import distributed
 import evaluate
 import models
 import train_actnet
+from kernels import dice_ce as dice_ce_file
+from kernels import student_loss as student_loss_file
 from kernels.dice_ce import dice_ce
 from models import load_checkpoint, load_model
 from slices import Slices, ask, choose_cache
@@ -200,6 +207,48 @@ def test_perturbation_is_uneven_and_blurs_or_sharpens():
     assert whole.max() > 1.5
     quarters = seen.unflatten(1, (2, 32)).unflatten(3, (2, 32)).mean((2, 4)).flatten(1)                   # (24, 4)
     assert (quarters.amax(1) / quarters.amin(1)).median() > 1.1
+
+
+def test_perturbation_is_its_parts_one_after_the_other():
+    """Written out, with the same draws; and each slice has the strength that is its own."""
+    x = torch.rand(6, 1, 40, 40, generator=torch.Generator().manual_seed(0))
+    strength = np.array([1.0, 1.0, 0.25, 0.25, 0.0, 1.0])
+    seen = augment.perturb(x, np.random.default_rng(1), torch.Generator().manual_seed(2), strength)
+    rng, noise = np.random.default_rng(1), torch.Generator().manual_seed(2)
+    draws = torch.from_numpy(strength * rng.uniform(-1, 1, (5, 6))).float()[:, :, None, None, None]
+    gamma, contrast, brightness, grain, blur = draws
+    z = augment.standardize(x.clamp_min(1e-4) ** torch.exp(0.5 * gamma))
+    nodes = torch.from_numpy(strength[:, None, None, None] * rng.normal(0, 0.3, (6, 1, 4, 4))).float()
+    uneven = F.interpolate(nodes, (40, 40), mode="bicubic", align_corners=True)
+    z = augment.standardize((z - z.amin((2, 3), keepdim=True)) * torch.exp(uneven))
+    z = z + blur * (F.avg_pool2d(F.pad(z, (1, 1, 1, 1), mode="replicate"), 3, 1) - z)
+    z = z * torch.exp(0.3 * contrast) + 0.3 * brightness
+    torch.testing.assert_close(seen, z + 0.2 * grain.abs() * torch.randn(x.shape, generator=noise), rtol=0, atol=1e-5)
+    torch.testing.assert_close(seen[4:5], augment.standardize(x[4:5]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("along", [False, True])
+def test_who_learns_sees_hard_pictures_and_who_answers_mild_ones(data, monkeypatch, along):
+    slices, act = last_stage(config(data, cutmix=0.0, consistency="mse", teacher_along=along, precision="fp32"))
+    seen = {}
+    for name, net in act.nets.items():
+        net.register_forward_pre_hook(lambda net, x, name=name: seen.setdefault(name, []).append(x[0]))
+    far = {}
+    for step in range(12):
+        x, *rest = slices.batch(step)
+        act.step(step, x, *rest)
+        clean = augment.standardize(x)
+        parts = dict(student=(seen["student"], [clean]), coteacher=(seen["coteacher"], [clean]))
+        if along:                                                # asked about the others, then taught by the labelled
+            parts["asked"], parts["taught"] = (seen["teacher"][:1], [clean[2:]]), (seen["teacher"][1:], [clean[:2]])
+        for name, pair in parts.items():
+            given, plain = (torch.cat(part) for part in pair)
+            far.setdefault(name, []).append((given - plain).abs().mean())
+        seen.clear()
+    far = {name: torch.stack(values).mean() for name, values in far.items()}
+    assert far["student"] > 2.5 * far["coteacher"] > 0
+    if along:
+        assert far["taught"] > 2.5 * far["asked"] > 0
 
 
 def test_cutmix_boxes():
@@ -465,7 +514,7 @@ def test_the_labelled_share_follows_the_batch():
     assert labeled("--batch", "48", "--labeled-batch", "12") == 12
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_teacher_along_learns_in_every_layer(data, precision):
     """It first answers without gradients, then learns, inside one autocast: a cached cast would cut its gradients."""
     slices, act = last_stage(config(data, teacher_along=True, precision=precision))
@@ -561,23 +610,102 @@ def test_damaged_slice_read_ahead_is_one_line(data, tmp_path, capsys):
     assert "Traceback" not in error
 
 
-@pytest.mark.parametrize("method", [["act"], ["act", "--consistency", "mse", "--distill", "mse", "--optimizer", "sgd"]])
-def test_two_processes_equal_one(data, tmp_path, method):
-    """torchrun: the same batch over two processes; Dice and batch norm over all of it; the same losses."""
-    more = ["--iters", "20", "--val-every", "10", "--ramp", "0", "--confidence", "0", "--method", *method]
+def torchrun(processes, script, *arguments):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run([*launch, str(script), *map(str, arguments)], timeout=200, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+WATCHED = """
+import sys
+import numpy as np
+import train_actnet
+told, real = [], train_actnet.student_loss
+
+def watch(*args, expected_grads, **options):
+    terms = real(*args, expected_grads=expected_grads, **options)
+    for term, expected in zip(terms, expected_grads):
+        if term.requires_grad:
+            term.register_hook(lambda grad, expected=expected: told.append(grad.item() == np.float32(expected)))
+    return terms
+
+train_actnet.student_loss = watch
+code = train_actnet.main()
+print("gradients", len(told), "as expected", sum(told), flush=True)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(("processes", "method"), [
+    (2, ["act"]), (3, ["act"]), (2, ["act", "--consistency", "mse", "--distill", "mse", "--optimizer", "sgd"])])
+def test_several_processes_equal_one(data, tmp_path, processes, method):
+    """torchrun: the same batch over two or three processes; Dice and batch norm over all of it; the same losses, and
+    gradients that reach the losses as they were told, to the bit, while the weights rise."""
+    more = ["--iters", "20", "--val-every", "10", "--ramp", "1", "--confidence", "0", "--seed", "3", "--batch", "12",
+            "--labeled-batch", "6", "--sup-batch", "6", "--method", *method]
     alone = run(data, tmp_path / "alone", *more)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                    str(ROOT / "train_actnet.py"), "--data", str(data), "--out", str(tmp_path / "two"), *SMALL, *more],
-                   check=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    with open(tmp_path / "two" / "log.csv") as f:
-        two = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
-    assert len(two) == 20
-    for a, b in zip(alone, two, strict=True):
+    (tmp_path / "watched.py").write_text(WATCHED)
+    said = torchrun(processes, tmp_path / "watched.py", "--data", data, "--out", tmp_path / "run", *SMALL, *more)
+    counts = re.findall(r"gradients (\d+) as expected (\d+)", said)
+    assert len(counts) == processes
+    assert all(n == right and int(n) > 40 for n, right in counts)
+    with open(tmp_path / "run" / "log.csv") as f:
+        rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
+    assert len(rows) == 20
+    for a, b in zip(alone, rows, strict=True):
         for term in train_actnet.TERMS:
             close = 2e-6 if a["step"] <= 5 else 1e-3                     # Adam divides rounding by rounding: it grows
             assert a[term] == pytest.approx(b[term], abs=close), (a["step"], term)
-    assert alone[-1]["val_student"] == pytest.approx(two[-1]["val_student"], abs=1e-3)
-    assert (tmp_path / "two" / "summary.json").exists()
+    assert alone[-1]["val_student"] == pytest.approx(rows[-1]["val_student"], abs=1e-3)
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+SUMS = """
+import torch
+import distributed
+distributed.start()
+rank, size = distributed.world()
+for dtype in (None, torch.float16, torch.bfloat16):
+    torch.manual_seed(0)
+    net = distributed.parallel(torch.nn.Linear(50, 7), torch.device("cpu"), dtype)
+    x = torch.randn(size, 50)
+    (net(x[rank]).sum() / 3).backward()
+    exact, grad = x.sum(0) / 3, net.module.weight.grad[0]
+    print(f"{dtype} off by {float((grad - exact).abs().max() / exact.abs().max()):.1e}", flush=True)
+distributed.stop()
+"""
+
+
+def test_gradients_are_summed_in_bf16_under_bf16_alone(tmp_path):
+    (tmp_path / "sums.py").write_text(SUMS)
+    off = re.findall(r"(\S+) off by (\S+)", torchrun(3, tmp_path / "sums.py"))
+    assert len(off) == 9
+    for dtype, error in off:
+        low, high = (1e-4, 1e-2) if "bfloat16" in dtype else (0, 1e-6)
+        assert low <= float(error) < high, (dtype, error)
+
+
+@pytest.mark.parametrize(("device", "kind"), [("cuda", nn.SyncBatchNorm), ("cpu", distributed.GlobalBatchNorm)])
+def test_batch_norm_of_several_processes(monkeypatch, device, kind):
+    """torch's on GPUs, which refuses CPUs, ours there; weights, buffers and their names stay the same."""
+    class Wrapped:
+        def __init__(self, module, broadcast_buffers):
+            assert not broadcast_buffers
+            self.module = module
+
+        def register_comm_hook(self, state, hook):
+            self.hook = hook
+    monkeypatch.setattr(distributed, "DistributedDataParallel", Wrapped)
+    net = models.UNet(2, 4)
+    before = net.state_dict(keep_vars=True)
+    after = distributed.parallel(net, torch.device(device)).module
+    kinds = [type(m) for m in after.modules() if "Norm" in type(m).__name__]
+    assert kinds == [kind] * 6
+    held = after.state_dict(keep_vars=True)
+    assert list(held) == list(before)
+    assert all(held[k] is before[k] for k in held)
 
 
 def test_what_is_not_on_a_gpu_goes_by_gloo(monkeypatch):
@@ -632,17 +760,43 @@ def test_arithmetic_of_a_step(data):
     assert train_actnet.step_cost(along, Stage(3, 0, 1)) == (3 * 4 + 2 + 3 * 2 + 2) * flop
 
 
-def operators(actnet, batch):
-    """How many operators a step issues."""
-    class Count(TorchDispatchMode):
-        n = 0
+class Count(TorchDispatchMode):
+    """How many operators are issued, and kernels of ours launched."""
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            Count.n += 1
-            return func(*args, **(kwargs or {}))
-    with Count():
+    def __init__(self):
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += 1
+        return func(*args, **(kwargs or {}))
+
+    def __getitem__(self, grid):                                              # stands in for a kernel
+        def launch(*args, **kwargs):
+            self.n += 1
+        return launch
+
+
+def operators(actnet, batch):
+    with Count() as count:
         actnet.step(0, *batch)
-    return Count.n
+    return count.n
+
+
+@pytest.mark.parametrize("kind", ["references", "kernels"])
+def test_operators_of_a_step(data, monkeypatch, kind):
+    """`act`'s third stage took 957 when its teacher trained along, counted so on a CPU: at most half. On a GPU the
+    losses are kernels, and autocast adds a cast for each weight and gradient."""
+    slices, actnet = last_stage(config(data, student=(4, 16), precision="fp32" if kind == "references" else "bf16"))
+    actnet.step(0, *slices.batch(0))
+    count = Count()
+    for module in (dice_ce_file, student_loss_file) if kind == "kernels" else ():
+        monkeypatch.setattr(module, "_use_triton", lambda *tensors: True)
+        for name in ("_sums_kernel", "_finish_kernel", "_grad_kernel", "_student_kernel"):
+            monkeypatch.setattr(module, name, count, raising=False)
+    with count:
+        actnet.step(1, *slices.batch(1))
+    assert 300 < count.n <= 957 // 2
 
 
 def test_a_step_of_co_teaching_costs_the_same_whatever_the_teacher(data):
@@ -663,6 +817,120 @@ def test_compiled_networks_train_alike(data, tmp_path, monkeypatch):
     logs = [run(data, tmp_path / option, option) for option in ("--compile", "--no-compile")]
     assert [row["loss"] for row in logs[0]] == [row["loss"] for row in logs[1]]
     assert logs[0][-1]["val_student"] == logs[1][-1]["val_student"]
+
+
+# ------------------------------------------------------------------------------------------------------------- fp16
+
+def test_a_device_trains_in_what_it_computes_fast(monkeypatch):
+    for pays, cuda, cpu in ((True, "bf16", "bf16"), (False, "fp16", "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, pays=pays: pays)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda pays=pays: pays)
+        assert models.fast_precision(torch.device("cuda")) == cuda
+        assert models.fast_precision(CPU) == cpu
+
+
+def test_emulated_bf16_is_refused(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(models, "bf16_pays", lambda device: False)
+    options = ["--data", str(data), "--out", str(tmp_path / "run"), *SMALL, "--precision", "bf16"]
+    assert main(options) == 2
+    error = capsys.readouterr().err
+    assert "--precision bf16" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def equal(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_run_in_fp16_is_resumed_to_the_bit(data, tmp_path, monkeypatch, optimizer):
+    """With a scale that grows after two good steps; its state is saved."""
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=256.0, growth_interval=2)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    options = ["--precision", "fp16", "--iters", 6, "--stages", 0, 0, 1, "--method", "mt", "--optimizer", optimizer]
+    rows = run(data, tmp_path / "whole", *options)
+    assert all(np.isfinite(row["loss"]) for row in rows)
+    run(data, tmp_path / "two", *options, "--minutes", 1e-9)
+    first, last = (load_checkpoint(tmp_path / name / "last.pt") for name in ("two", "whole"))
+    assert (first["step"], first["scaler"]["_growth_tracker"]) == (1, 1)
+    assert last["scaler"]["scale"] == 256 * 2**3
+    assert main(["--resume", str(tmp_path / "two"), "--minutes", "0"]) == 0
+    resumed = load_checkpoint(tmp_path / "two" / "last.pt")
+    for key in ("networks", "optimizer", "scaler"):
+        assert equal(resumed[key], last[key]), key
+
+
+def test_a_run_goes_on_where_another_precision_is_fast(data, tmp_path, monkeypatch):
+    """--precision auto, from a GPU that has bf16 to one that has not, and back: the scale begins anew."""
+    for before, after in (("fp32", "fp16"), ("fp16", "fp32")):
+        options = ["--precision", "auto", "--method", "sup", "--minutes", 1e-9]
+        monkeypatch.setattr(models, "fast_precision", lambda device, precision=before: precision)
+        run(data, tmp_path / before, *options)
+        monkeypatch.setattr(models, "fast_precision", lambda device, precision=after: precision)
+        assert main(["--resume", str(tmp_path / before), "--minutes", "0"]) == 0
+        last = load_checkpoint(tmp_path / before / "last.pt")
+        assert (last["step"], bool(last["scaler"])) == (4, after == "fp16")
+
+
+def spoil(actnet, steps):
+    """Makes a gradient of the learner infinite in its first steps."""
+    count = iter(range(10**6))
+    weight = next(actnet.nets[actnet.learner].parameters())
+    weight.register_hook(lambda grad: grad * (float("inf") if next(count) < steps else 1.0))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_step_with_an_infinite_gradient_is_skipped(data, optimizer):
+    """The very first one, when torch's fused SGD would leave its momentum as the memory was."""
+    states = {}
+    for name, infinite in (("skips", 1), ("plain", 0)):
+        torch.manual_seed(0)
+        slices, act = last_stage(config(data, method="mt", precision="fp16", optimizer=optimizer))
+        spoil(act, infinite)
+        net, before = act.nets["student"], deepcopy(act.nets["student"].state_dict())
+        junk = [torch.full_like(p, 1e30) for p in net.parameters() for _ in range(20)]
+        del junk
+        terms = act.step(0, *slices.batch(0))
+        assert torch.isfinite(terms).all()
+        moved = [not torch.equal(p, before[k]) for k, p in net.named_parameters()]
+        assert not any(moved) if infinite else all(moved)
+        assert act.scaler.get_scale() == 65536 / (1 + infinite)
+        states[name] = deepcopy(act.optimizer.state_dict()["state"])
+        for step in (1, 2):
+            assert torch.isfinite(act.step(step, *slices.batch(step))).all()
+        assert all(p.isfinite().all() and p.abs().max() < 10 for p in net.parameters())
+    for key, value in states["skips"][0].items():
+        assert not value.any(), key
+    assert any(states["plain"][0][key].any() for key in states["plain"][0])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_no_gradient_is_guessed_under_a_loss_scale(data, monkeypatch, precision):
+    told, real = [], train_actnet.student_loss
+    monkeypatch.setattr(train_actnet, "student_loss", lambda *args, expected_grads, **options: (
+        told.append(expected_grads), real(*args, expected_grads=expected_grads, **options))[1])
+    slices, act = last_stage(config(data, precision=precision, lambda_kd=0.3))
+    act.step(0, *slices.batch(0))
+    assert told == [None if precision == "fp16" else (1.0, 1.0, 0.3, 1.0)]
+
+
+def test_steps_that_are_skipped_without_end_stop_the_run(data, tmp_path, monkeypatch, capsys):
+    begin = ActNet.__init__
+
+    def watch(self, *args):
+        begin(self, *args)
+        spoil(self, 10**6)
+    monkeypatch.setattr(ActNet, "__init__", watch)
+    options = ["--precision", "fp16", "--iters", "40", "--method", "sup", "--log-every", "40", "--val-every", "40"]
+    assert main(["--data", str(data), "--out", str(tmp_path / "run"), *SMALL, *options]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "step 19: fp16: steps are skipped" in error
+    assert "--precision fp32" in error
 
 
 def test_loop_beside_the_fields_runs(data):
@@ -830,8 +1098,9 @@ def test_demo_from_nothing_to_a_table(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_step_never_waits(data):
-    slices, act = last_stage(config(data), models.pick_device())
+@pytest.mark.parametrize("precision", ["auto", "fp16"])
+def test_a_gpu_step_never_waits(data, precision):
+    slices, act = last_stage(config(data, precision=precision), models.pick_device())
     act.step(0, *slices.batch(0))
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
