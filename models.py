@@ -229,7 +229,6 @@ def find_heart(net, volume, spacing, size, view="heart", batch=16):
 
 POSITIONS = ("as ACDC", "turned 90 clockwise", "turned 180", "turned 90 counter-clockwise", "mirrored left-right",
              "transposed", "mirrored up-down", "transposed and turned 180")
-ASKED = 4                                  # slices about which find_position asks
 UNSURE = 20                                # pixels of entropy 1 that it adds to each class: a lost RV is not a sure one
 
 

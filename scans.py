@@ -24,6 +24,8 @@ SQUARE = 2                          # a pixel's sides are so unequal, at most; A
 AGREE = 0.03                        # by which zooms and affine may differ
 ALIKE = 0.96                        # mean correlation with the median image; a cine's frames 0.98, slices of ACDC up to
                                     # 0.81, of M&Ms 0.42, of the phantom 0.94
+MOSTLY = 0.9                        # of a single image: frames of the cine 0.964 upwards
+FEW_VALUES = 16                     # a label map has no more; a scan of 8 bits has a hundred
 ASK = "give --spacing Z Y X in mm, or --axes"
 
 
@@ -42,6 +44,16 @@ class Scan(NamedTuple):
         kept = [c for c in "tzyx" if c in self.axes]
         turned = array.reshape([sizes[c] for c in kept]).transpose([kept.index(c) for c in self.axes])
         return turned.T.reshape(self.nifti.shape[::-1]).T            # .T: nibabel's arrays are in Fortran's order
+
+
+def refuse_labels(source, array):
+    """DataError where an image holds only a few whole numbers, and more than one."""
+    if len(np.unique(array.ravel()[::1 + array.size // 2**16])) > FEW_VALUES:                     # a scan's, in no time
+        return
+    values = np.unique(array)
+    if 1 < len(values) <= FEW_VALUES and np.array_equal(values, np.rint(values)):
+        raise DataError(f"{source}: holds only {len(values)} whole numbers, as a label map does; give the scan itself, "
+                        "and end the names of label maps in _seg, so that folders leave them out")
 
 
 def likeness(images):
@@ -92,8 +104,8 @@ def doubts(shape, spacing):
 def header_spacing(source, zooms, nifti):
     """mm along the array's first three axes, from zooms and sform: ones are not given. DataError where they differ."""
     sform, code = nifti.header.get_sform(coded=True)
-    columns = np.linalg.norm(sform[:3, :3], axis=0)
-    given = [v for v in (zooms, columns if code else np.ones(3))
+    columns = np.linalg.norm(sform[:3, :3], axis=0) if code else np.ones(3)
+    given = [v for v in (zooms, columns)
              if np.isfinite(v).all() and min(v) > 0 and not np.allclose(v, 1, atol=1e-3)]
     if len(given) == 2 and not np.allclose(*given, rtol=AGREE):
         told = [" x ".join(f"{x:.4g}" for x in v) for v in given]
@@ -102,16 +114,17 @@ def header_spacing(source, zooms, nifti):
 
 
 def unfold(array):
-    """(N, Y, X) whose images are slices and frames in one row -> (axes, array of four axes), or None for a stack."""
-    n = len(array)
+    """(N, Y, X) whose images are slices and frames in one row -> (axes, array of four axes); None for a stack."""
+    n, best = len(array), (0.75, None)                               # three of four images must be like their frames
     for slices in (s for s in range(1, n // 5 + 1) if n % s == 0):   # a cine has five frames at least
         outer = array.reshape(n // slices, slices, *array.shape[1:])
         inner = array.reshape(slices, n // slices, *array.shape[1:])
-        if np.median([alike(outer[:, z]) for z in range(slices)]) > ALIKE:
-            return "xyzt", outer
-        if np.median([alike(images) for images in inner]) > ALIKE:
-            return "xytz", inner
-    return None
+        for axes, way, images in (("xyzt", outer, outer.swapaxes(0, 1)), ("xytz", inner, inner)):
+            like = np.concatenate([likeness(i) for i in images])
+            share = np.mean(like > MOSTLY)
+            if share > best[0] and np.median(like) > ALIKE:
+                best = share, (axes, way)
+    return best[1]
 
 
 def orders(ndim):
@@ -159,6 +172,7 @@ def read_scan(source, spacing=None, axes=None):
     """NIfTI -> Scan. spacing: (z, y, x) in mm, axes: the array's, as "xyzt", where the user knows better than the
     header. Raises DataError: unreadable, or nothing that a short-axis stack can be."""
     array, zooms, nifti = data_prep.load_nifti(source, judged=False)
+    refuse_labels(source, array)
     array, warnings = array.T, []                                    # in the file's order of axes
     if axes and len(axes) > array.ndim:
         axes = axes.replace("t", "")
