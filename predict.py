@@ -52,8 +52,8 @@ FRAMES = 8                           # of a cine, from which a frame can be told
 UNLIKE = 0.2                         # below the usual correlation of a slice with its median over time; sound ones 0.03
 JUMP = 0.3                           # of the usual volume, off the running median of five frames
 SHARE = 0.3                          # of the slices with a heart, on which each structure is
-RATIO = {"ED": (0.25, 3), "": (0.1, 6)}                             # RV/LV; annotated 0.31 upwards, at ES 0.15; predicted
-                                                                    # 0.33 to 1.4 and 0.13 to 1.8, of patient090 5.3
+RATIO = {"ED": (0.25, 3), "": (0.1, 6)}   # RV/LV; annotated from 0.31, at ES 0.15; predicted 0.33 to 1.4, at ES 0.13 to
+                                         # 1.8, and 5.3 in patient090
 ENTROPY = 0.15                       # mean of what is predicted; 160 frames of ACDC 0.03 to 0.13, no heart 0.15 to 0.36
 
 

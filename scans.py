@@ -154,15 +154,19 @@ def choose(source, array, zooms, spacing, axes):
     sound = [way for way in ways if not way[3]]
     if spacing and axes and not sound:                               # the user's word, both of it
         return ways[0], [ways[0][3]]
+    scores = dict.fromkeys((way[1] for way in sound), 0.0)
     if array.ndim == 4 and not axes:
-        scores = {way[1]: contrast(as_frames(array, way[1])) for way in sound}
+        scores = {order: contrast(as_frames(array, order)) for order in scores}
         sound = [way for way in sound if scores[way[1]] > -0.02]     # noise
-        sound.sort(key=lambda way: (not way[0], -scores[way[1]]))
     if not sound:
         text = next((way[3] for way in ways if way[3]), "time is not where the header has it")
         raise DataError(f"{source}: {text}; {ASK} {'xytz' if array.ndim == 4 else 'zyx'} if the array lies so, "
                         "and save a cine as (x, y, z, t)")
-    sound.sort(key=lambda way: not way[0])
+
+    def preference(way):                                             # square pixels, then the header, then the images
+        as_told, order, (_, y, x), _ = way
+        return abs(y - x) > 0.02 * x, not as_told, -scores[order]
+    sound.sort(key=preference)
     as_told, order, mm, _ = sound[0]
     note = f"read as {order}, slices {mm[0]:g} mm apart, against the header's order: look at the overlay"
     return sound[0], [] if as_told else [note]
@@ -178,9 +182,10 @@ def read_scan(source, spacing=None, axes=None):
         axes = axes.replace("t", "")
     if axes and len(axes) != array.ndim:
         raise DataError(f"{source}: has {array.ndim} axes, --axes {axes} names {len(axes)}; name each once")
-    zooms = (1.0, 1.0, 1.0) if spacing else header_spacing(source, zooms[::-1], nifti)
+    zooms = spacing[::-1] if spacing else header_spacing(source, zooms[::-1], nifti)
+    plane = doubts((1, *array.shape[1::-1]), (1, *zooms[1::-1]))
     zooms = (*zooms, *(float(z) for z in nifti.header.get_zooms()[3:4]))
-    if array.ndim == 3 and not axes and (found := unfold(array.T)):
+    if array.ndim == 3 and not (axes or plane) and (found := unfold(array.T)):
         axes, turned = found
         array = turned.T
         frames, slices = as_frames(array, axes).shape[:2]
