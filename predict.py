@@ -9,8 +9,8 @@ Per input NAME.nii or NAME.nii.gz, 3D or 4D, DIR (`--out`, by default prediction
     NAME_overlay.png   NAME_volumes.csv (a row per frame)   NAME_entropy.nii.gz (--entropy)
     NAME_volumes.png   4D: ventricular volume over time; ED and ES are the frames with most and least LV
 and predictions.csv, a row per input; later calls into DIR add to it. A folder gives every *.nii and *.nii.gz below it
-but label maps by their names (LABELS, LABEL_FOLDERS) and what is hidden. Slices are the third axis, oriented as in
-ACDC. Volumes, indices and uncertainty are evaluate.py's.
+but label maps by their names (LABELS, LABEL_FOLDERS) and what is hidden. scans.py judges axes and spacing, the network
+the position (models.find_position). Volumes, indices and uncertainty are evaluate.py's.
 """
 import csv
 import hashlib
@@ -52,8 +52,8 @@ FRAMES = 8                           # of a cine, from which a frame can be told
 UNLIKE = 0.2                         # below the usual correlation of a slice with its median over time; sound ones 0.03
 JUMP = 0.3                           # of the usual volume, off the running median of five frames
 SHARE = 0.3                          # of the slices with a heart, on which each structure is
-RATIO = {"ED": (0.25, 3), "": (0.1, 6)}   # RV/LV; annotated from 0.31, at ES 0.15; predicted 0.33 to 1.4, at ES 0.13 to
-                                         # 1.8, and 5.3 in patient090
+RATIO = {"ED": (0.25, 5), "": (0.1, 8)}  # RV/LV; annotated from 0.31, at ES 0.15; predicted 0.33 to 1.4, at ES 0.13 to
+                                         # 1.8; of patient090 3.1 and 5.3
 ENTROPY = 0.15                       # mean of what is predicted; 160 frames of ACDC 0.03 to 0.13, no heart 0.15 to 0.36
 
 
