@@ -265,7 +265,7 @@ def test_ties_do_not_depend_on_how_a_scan_lies(monkeypatch, patient002):
 
 @needs_acdc
 def test_a_stack_of_dcm2niix(tmp_path, student, patient002):
-    """It writes rows from below, and an affine of positive determinant: mirrored up-down as to ACDC."""
+    """It writes rows from below, nibabel's LAS where ACDC has LPS: mirrored up-down."""
     frame, label, spacing = patient002
     array, mm = frame[:, ::-1].transpose(2, 1, 0), spacing[::-1]
     path = write(tmp_path / "dicom.nii", array, mm, np.diag([-mm[0], mm[1], mm[2], 1]), units=("mm", "sec"))
