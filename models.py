@@ -145,8 +145,9 @@ def rescale(volume):
         low, high = volume.min(), volume.max()
         if not np.isfinite(high - low):
             raise ValueError("segment_volume: the volume holds NaN or infinity")
-    ranks = [int(q * (volume.size - 1)) for q in (0.001, 0.01, 0.99, 0.999)]
-    lowest, p1, p99, highest = np.partition(volume, ranks, axis=None)[ranks]
+    thin = volume[:, ::2, ::2]                                               # percentiles in a quarter of the time
+    ranks = [int(q * (thin.size - 1)) for q in (0.001, 0.01, 0.99, 0.999)]
+    lowest, p1, p99, highest = np.partition(thin, ranks, axis=None)[ranks]
     usual = p99 - p1
     if high - p1 > min(FAR[0] * usual, FAR[1] * (highest - p1)) > 0:
         high = p1 + 2 * usual

@@ -391,7 +391,7 @@ def test_each_doubt_has_its_words():
     assert "blood darker than muscle" in tell(image=-image)
     lost = labels.copy()
     lost[1:][lost[1:] == 1] = 0
-    assert "RV on fewer than 30%" in tell(lost)
+    assert "RV on fewer than 25%" in tell(lost)
 
 
 @needs_field
