@@ -52,7 +52,7 @@ FRAMES = 8                           # of a cine, from which a frame can be told
 UNLIKE = 0.2                         # below the usual correlation of a slice with its median over time; sound ones 0.03
 JUMP = 0.3                           # of the usual volume, off the running median of five frames
 SHARE = 0.25                         # of the slices with a heart, on which each structure is; predicted from 0.30
-RATIO = {"ED": (0.25, 5), "": (0.1, 8)}  # RV/LV; annotated from 0.31, at ES 0.15; predicted 0.32 to 3.2, at ES 0.12 to 5.3
+RATIO = {"ED": (0.25, 5), "": (0.1, 8)}  # RV/LV; annotated from 0.31, at ES 0.15; predicted 0.32 to 3.2, 0.12 to 5.3
 ENTROPY = 0.15                       # mean of what is predicted; 160 frames of ACDC 0.03 to 0.13, no heart 0.15 to 0.36
 
 
