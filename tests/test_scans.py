@@ -385,7 +385,8 @@ def test_each_doubt_has_its_words():
         return " ".join(predict.doubts(labels, image, ml, entropy, phase))
     assert tell() == ""
     assert tell(0 * labels) == "no heart found"
-    assert "entropy 0.20" in tell(entropy=0.2)
+    assert "entropy 0.20, usual is 0.0" in tell(entropy=0.2)
+    assert predict.doubts(labels, image, ml, 0.2, "ED", usual=0.1) == []
     assert "RV/LV 0.20" in tell(ml=ml * (0.222, 1, 1))
     assert tell(ml=ml * (0.222, 1, 1), phase="ES") == ""
     assert "blood darker than muscle" in tell(image=-image)
