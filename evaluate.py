@@ -205,10 +205,13 @@ def load_networks(path, device="cpu", which=None):
 # ---------------------------------------------------------------------------------------------------- while training
 
 def validate(net, volumes, inference):
-    """[data_prep.Volume, ...] with labels -> {"dice": [RV, MYO, LV], "hd95_voxel": [RV, MYO, LV]}: floats, case_metrics
-    of segment_volume's answer on the native grid, mean over the volumes."""
-    cases = [case_metrics(segment_volume(net, v.image, **inference), v.label) for v in volumes]
-    return {metric: np.mean([c[metric] for c in cases], axis=0).tolist() for metric in BRIEF}
+    """[data_prep.Volume, ...] with labels -> {"dice": [RV, MYO, LV], "hd95_voxel": [RV, MYO, LV], "entropy": of what
+    is predicted}: floats, case_metrics of segment_volume's answer on the native grid, mean over the volumes."""
+    results = [segment([net], v.image, inference) for v in volumes]
+    cases = [case_metrics(result.labels, v.label) for result, v in zip(results, volumes, strict=True)]
+    scores = {metric: np.mean([c[metric] for c in cases], axis=0).tolist() for metric in BRIEF}
+    told = [mean(r.entropy[r.labels > 0]) for r in results if r.labels.any()]
+    return scores | {"entropy": mean(told) if told else 1.0}
 
 
 def validation_table(rows):

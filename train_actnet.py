@@ -706,7 +706,8 @@ class Run:
             self.best[actnet.learner] = best
             file = "teacher.pt" if actnet.stage.number == 1 else "best.pt"
             save_checkpoint(self.folder / file, self.content({name: actnet.nets[name] for name in names}) | dict(
-                better=better, val={name: self.scores[name]["dice"] for name in names}))
+                better=better, val={name: self.scores[name]["dice"] for name in names},
+                entropy=self.scores[better]["entropy"]))
         return {f"val_{name}": round(float(np.mean(self.scores[name]["dice"])), 5) for name in names}
 
     def content(self, nets):

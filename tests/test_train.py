@@ -405,7 +405,8 @@ def test_stages_share_the_steps():
 def test_the_best_of_a_stage_goes_on(data, tmp_path, monkeypatch):
     """Co-teaching begins from the student's best on val, not its last, and asks the teacher's best."""
     scores = iter([0.1, 0.5, 0.3, 0.7, 0.6, 0.2] + [0.4] * 99)        # teacher, then student, at 2, 4, ... 12
-    monkeypatch.setattr(evaluate, "validate", lambda *_: dict(dice=[next(scores)] * 3, hd95_voxel=[1.0] * 3))
+    monkeypatch.setattr(evaluate, "validate",
+                        lambda *_: dict(dice=[next(scores)] * 3, hd95_voxel=[1.0] * 3, entropy=0.1))
     seen, asked, begin = {}, [], ActNet.__init__
 
     def watch(self, cfg, device, stage, nets, noise):
