@@ -3,10 +3,9 @@
     python app.py [CHECKPOINT]        opens http://127.0.0.1:7860; CHECKPOINT is results/student_acdc7.pt
     python app.py --host 0.0.0.0      for others on the network too, without a password
 
-Drop a NIfTI file, 3D or 4D, or take the synthetic cine: what predict_file makes of it is shown, its label map and table
-can be saved. Nothing leaves the machine: no telemetry, and POLICY keeps the browser from what the library might fetch
-elsewhere. An upload goes once it is segmented, its results when the next one or the page's end comes, everything when
-the server ends. One scan at a time; others wait.
+Drop a NIfTI file, 3D or 4D, or take the synthetic cine: what predict_file makes of it is shown and can be saved.
+Nothing leaves the machine: no telemetry, and POLICY keeps the browser from what the library might fetch elsewhere. An
+upload goes once it is segmented, its results with the page or the next upload. One scan at a time; others wait.
 """
 import os
 import signal
@@ -28,7 +27,6 @@ import predict
 MAX_MB, PAGES = 500, 16                              # of an upload; open pages whose scan is kept, the latest
 CSS = "#message textarea {color: #c2410c; font-weight: bold} #image img {width: 100%}"
 POLICY = """<meta http-equiv="Content-Security-Policy" content="default-src 'self' data: blob: 'unsafe-inline'">"""
-HEAD = f"# Cardiac MRI, short axis\n**{evaluate.NOTICE}** Files stay on the machine that serves this page."
 CINE = """&nbsp; | EDV, ml | ESV, ml | EF, %
 ---|---|---|---
 LV | {lv_edv} | {lv_esv} | {lv_ef}
@@ -36,7 +34,6 @@ RV | {rv_edv} | {rv_esv} | {rv_ef}
 
 Mass of the myocardium {myo_mass} g. ED is frame {ED}, ES frame {ES} of {frames}."""
 STILL = "RV, ml | MYO, ml | LV, ml\n---|---|---\n{rv_ml} | {myo_ml} | {lv_ml}"
-NO_PHASES = "No two frames with a left ventricle: no ED, no ES."
 
 
 def segment(nets, inference, source, folder):
@@ -58,7 +55,7 @@ def outputs(scan):
     row, labels, note = scan.row, scan.shown[1], scan.row.get("warning")
     frame, (frames, levels) = row.get("ED", 1), labels.shape[:2]
     level = evaluate.three_slices(labels[frame - 1] > 0)[1] + 1
-    text = CINE if "ED" in row else NO_PHASES if frames > 1 else STILL
+    text = CINE if "ED" in row else STILL if frames == 1 else "No two frames with a left ventricle: no ED, no ES."
     numbers = {k: evaluate.format_number(1, v) for k, v in row.items() if isinstance(v, float)}
     return [None, gr.Textbox(note, visible=bool(note)), gr.Column(visible=True),
             evaluate.draw_slice(*scan.shown, frame - 1, level - 1),
@@ -101,7 +98,7 @@ def build(nets, inference, root):
         scans.pop(request.session_hash, None)
 
     with gr.Blocks(title="ACT-Net", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        gr.Markdown(HEAD)
+        gr.Markdown(f"# Cardiac MRI, short axis\n**{evaluate.NOTICE}** Files stay on the machine that serves the page.")
         drop = gr.File(label=f"A NIfTI file, 3D or 4D, at most {MAX_MB} MB", height=140, elem_id="drop")
         synthetic = gr.Button("Take a synthetic scan")
         message = gr.Textbox(label="Look here", visible=False, elem_id="message")
@@ -119,9 +116,8 @@ def build(nets, inference, root):
         drop.upload(lambda file: waiting.update([file]), drop, queue=False, show_progress="hidden")
         drop.upload(take, drop, **options)
         synthetic.click(take, gr.State(), **options)
-        controls = [level, frame, outline, whole]
-        gr.on([c.input for c in controls], view, controls, image, trigger_mode="always_last", show_progress="hidden",
-              concurrency_limit=None)
+        gr.on([c.input for c in (level, frame, outline, whole)], view, [level, frame, outline, whole], image,
+              trigger_mode="always_last", show_progress="hidden", concurrency_limit=None)
         page.unload(close)
     return page
 
@@ -142,8 +138,7 @@ def serve(args):
 def main(argv=None):
     """The command line -> exit code: 0, 2 for a user's error."""
     parser = data_prep.Parser(prog="app.py", description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", nargs="?", type=Path, help="best.pt of a run [results/student_acdc7.pt]",
-                        default=Path(__file__).parent / "results" / "student_acdc7.pt")
+    parser.add_argument("checkpoint", nargs="?", type=Path, default="results/student_acdc7.pt", help="[%(default)s]")
     parser.add_argument("--host", metavar="ADDRESS", help="where to listen [127.0.0.1: this machine alone]")
     parser.add_argument("--no-browser", action="store_true", help="do not open it")
     args = parser.parse_args(argv)
