@@ -57,10 +57,9 @@ def outputs(scan):
     level = evaluate.three_slices(labels[frame - 1] > 0)[1] + 1
     text = CINE if "ED" in row else STILL if frames == 1 else "No two frames with a left ventricle: no ED, no ES."
     numbers = {k: evaluate.format_number(1, v) for k, v in row.items() if isinstance(v, float)}
+    sliders = [gr.Slider(value=k, maximum=max(n, 2), visible=n > 1) for k, n in ((level, levels), (frame, frames))]
     return [None, gr.Textbox(note, visible=bool(note)), gr.Column(visible=True),
-            evaluate.draw_slice(*scan.shown, frame - 1, level - 1),
-            gr.Slider(value=level, maximum=levels, visible=levels > 1),
-            gr.Slider(value=frame, maximum=frames, visible=frames > 1), True, False, text.format(**row | numbers),
+            evaluate.draw_slice(*scan.shown, frame - 1, level - 1), *sliders, True, False, text.format(**row | numbers),
             gr.Image(f"{scan.stem}_volumes.png" if frames > 1 else None, visible=frames > 1),
             f"{scan.stem}_seg.nii.gz", f"{scan.stem}_table.csv"]
 

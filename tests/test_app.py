@@ -48,12 +48,13 @@ def predicted(tmp_path_factory, cine):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """app.py as a user starts it, but for a smaller limit and a warning about warned.nii.gz -> (its address, the folder
-    of all its temporary files). It ends as it should: at SIGTERM, with nothing left behind."""
+    """app.py as a user starts it, but for a smaller limit, a shorter synthetic cine and a warning about warned.nii.gz
+    -> (its address, the folder of all its temporary files). At SIGTERM it ends, with nothing left behind."""
     folder, temporary = tmp_path_factory.mktemp("app"), tmp_path_factory.mktemp("temporary")
     code = (ROOT / "app.py").read_text(encoding="utf-8")
-    for here, there in (("MAX_MB, PAGES = 500,", "MAX_MB, PAGES = 3,"), ("| dict(file=source.name)", (
-            "| dict(file=source.name) | (dict(warning='the <b>base</b>') if source.name == 'warned.nii.gz' else {})"))):
+    warned = "dict(warning='the <b>base</b>') if source.name == 'warned.nii.gz' else {}"
+    for here, there in (("MAX_MB, PAGES = 500,", "MAX_MB, PAGES = 3,"), ("cine(source)", "cine(source, 3)"),
+                        ("| dict(file=source.name)", f"| dict(file=source.name) | ({warned})")):
         assert here in code
         code = code.replace(here, there)
     (folder / "app.py").write_text(code, encoding="utf-8")
