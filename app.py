@@ -59,7 +59,8 @@ def outputs(scan):
     numbers = {k: evaluate.format_number(1, v) for k, v in row.items() if isinstance(v, float)}
     sliders = [gr.Slider(value=k, maximum=max(n, 2), visible=n > 1) for k, n in ((level, levels), (frame, frames))]
     return [None, gr.Textbox(note, visible=bool(note)), gr.Column(visible=True),
-            evaluate.draw_slice(*scan.shown, frame - 1, level - 1), *sliders, True, False, text.format(**row | numbers),
+            evaluate.draw_slice(*scan.shown, frame - 1, level - 1), *sliders, True, False,
+            ("`{file}`\n\n" + text).format(**row | numbers),
             gr.Image(f"{scan.stem}_volumes.png" if frames > 1 else None, visible=frames > 1),
             f"{scan.stem}_seg.nii.gz", f"{scan.stem}_table.csv"]
 

@@ -2,6 +2,7 @@
 import gzip
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,26 +49,35 @@ def predicted(tmp_path_factory, cine):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """app.py as a user starts it, but for a smaller limit, a shorter synthetic cine and a warning about warned.nii.gz
-    -> (its address, the folder of all its temporary files). At SIGTERM it ends, with nothing left behind."""
+    """app.py in a folder of what a Space gets, but for a smaller limit, a shorter synthetic cine and a warning about
+    warned.nii.gz -> (its address, the folder of all its temporary files). At SIGTERM it ends and leaves nothing."""
     folder, temporary = tmp_path_factory.mktemp("app"), tmp_path_factory.mktemp("temporary")
-    code = (ROOT / "app.py").read_text(encoding="utf-8")
+    card = (ROOT / "space" / "README.md").read_text(encoding="utf-8")
+    for file in re.search(r"^cp (.+) space/\* runs/space$", card, re.M)[1].split():
+        shutil.copy(ROOT / file, folder)
+    (folder / "results").mkdir()
+    shutil.copy(CHECKPOINT, folder / "results")
+    code = (folder / "app.py").read_text(encoding="utf-8")
     warned = "dict(warning='the <b>base</b>') if source.name == 'warned.nii.gz' else {}"
     for here, there in (("MAX_MB, PAGES = 500,", "MAX_MB, PAGES = 3,"), ("cine(source)", "cine(source, 3)"),
                         ("| dict(file=source.name)", f"| dict(file=source.name) | ({warned})")):
         assert here in code
         code = code.replace(here, there)
     (folder / "app.py").write_text(code, encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, folder / "app.py", CHECKPOINT, "--no-browser"]
+    environment = {**os.environ, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "app.py", "--no-browser"]
     with open(folder / "stderr", "w+") as stderr:
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
-        line = process.stdout.readline()                            # the fixture waits as long as the start takes
-        stderr.seek(0)
-        assert line, stderr.read()
-        yield re.match(r"(http://127\.0\.0\.1:\d+/) is the page", line)[1], temporary
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 143
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=stderr,
+                                   text=True)
+        try:
+            line = process.stdout.readline()                        # the fixture waits as long as the start takes
+            stderr.seek(0)
+            assert line, stderr.read()
+            yield re.match(r"(http://127\.0\.0\.1:\d+/) is the page", line)[1], temporary
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 143
+        finally:
+            process.kill()
         stderr.seek(0)
         assert "Traceback" not in stderr.read()
     assert not list(temporary.glob("actnet-*"))
@@ -130,6 +140,7 @@ def test_a_cine(open_page, server, cine, predicted, tmp_path):
     for ventricle in ("lv", "rv"):
         expected = [f"{float(row[f'{ventricle}_{k}']):.1f}" for k in ("edv", "esv", "ef")]
         assert re.search(rf"^{ventricle.upper()}\s+" + r"\s+".join(map(re.escape, expected)), text, re.M)
+    assert text.startswith("heart.nii.gz")
     assert f"myocardium {float(row['myo_mass']):.1f} g. ED is frame {row['ED']}, ES frame {row['ES']} of 3." in text
     curve = page.request.get(page.locator("#curve img").get_attribute("src")).body()
     assert curve == (predicted / "heart_volumes.png").read_bytes()
