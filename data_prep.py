@@ -186,13 +186,13 @@ def judge(path, measured, spacing):
 # ------------------------------------------------------------------------------------------------------------------ raw
 
 
-def load_nifti(path):
+def load_nifti(path, judged=True):
     """NIfTI -> (array (Z, Y, X) or (T, Z, Y, X) in the file's dtype, spacing (z, y, x) in mm, the nibabel image).
 
     Spacing is the header's zooms; ACDC's affine says 1 mm whatever the truth. A slope of NaN means unscaled. Time may
     be the fifth axis (x, y, z, 1, t), and axes of one voxel may follow.
     Raises DataError: unreadable, neither 3D nor 4D, not finite numbers, no spacing, or too large (told by the header,
-    before anything is allocated).
+    before anything is allocated). With judged=False the spacing is told as it is, and may be none.
     """
     zipped = str(path).lower().endswith(".gz")
     with readable(path, FETCH), nib.imageglobals.LoggingOutputSuppressor():
@@ -211,7 +211,8 @@ def load_nifti(path):
         with (image.file_map.get("header") or image.file_map["image"]).get_prepare_fileobj("rb") as f:
             header = type(image.header).from_fileobj(f, check=False)  # checked, a zoom of 0 would become 1 mm
         spacing = tuple(abs(float(z)) for z in header.get_zooms()[2::-1])
-    require(all(0 < z < math.inf for z in spacing), path, f"spacing {spacing} mm", "write the true zooms into it")
+    sound = not judged or all(0 < z < math.inf for z in spacing)
+    require(sound, path, f"spacing {spacing} mm", "write the true zooms into it")
     bad = array.size - np.count_nonzero(np.isfinite(array))
     require(not bad, path, f"{bad} voxels are NaN or infinity", "write numbers there: numpy.nan_to_num makes NaN 0")
     return array, spacing, image

@@ -10,6 +10,7 @@
     focus = find_heart(net, volume, spacing, **checkpoint["inference"])  # another scanner, a heart off the centre
     labels = segment_volume(net, volume, **checkpoint["inference"], **focus)
 """
+import math
 import os
 import platform
 import sys
@@ -23,6 +24,8 @@ import torch.nn.functional as F
 from torch import nn
 
 FORMAT = "act-net 1"
+FAR = (25, 5)                              # how often the 99th and the 99.9th percentile a maximum is that no tissue
+                                           # has: 12 and 3 at most in 160 frames of ACDC
 PIXEL = 1.4                                # mm, to which find_heart resamples; ACDC has 0.70 to 1.95, mostly 1.2 to 1.8
 
 
@@ -129,11 +132,35 @@ def standardize(x):
     return (x - mean) / deviation.clamp_min(1e-6)
 
 
+def rescale(volume):
+    """(Z, Y, X), any real dtype -> float32 tensor from 0 to 1 by its minimum and maximum. Far outliers, on either side,
+    are cut off before. Raises ValueError unless the volume is 3D and finite."""
+    volume = np.asarray(volume)
+    if volume.ndim != 3 or volume.size == 0:
+        raise ValueError(f"segment_volume wants (Z, Y, X), got {volume.shape}")
+    with np.errstate(over="ignore", invalid="ignore"):                       # beyond fp32: infinite, refused below
+        if not np.can_cast(volume.dtype, np.float32):
+            volume = np.subtract(volume, volume.min(), dtype=np.float64)     # in fp32 an offset would eat the digits
+        volume = np.array(volume, np.float32)                                # a copy; any byte order
+        low, high = volume.min(), volume.max()
+        if not np.isfinite(high - low):
+            raise ValueError("segment_volume: the volume holds NaN or infinity")
+    ranks = [int(q * (volume.size - 1)) for q in (0.001, 0.01, 0.99, 0.999)]
+    lowest, p1, p99, highest = np.partition(volume, ranks, axis=None)[ranks]
+    usual = p99 - p1
+    if high - p1 > min(FAR[0] * usual, FAR[1] * (highest - p1)) > 0:
+        high = p1 + 2 * usual
+    if p99 - low > min(FAR[0] * usual, FAR[1] * (p99 - lowest)) > 0:
+        low = p1
+    volume = torch.from_numpy(volume).clamp_(float(low), float(high))
+    return (volume - low) / max(high - low, 1e-12)
+
+
 @torch.no_grad()
 def segment_volume(net, volume, size, view="heart", batch=16, return_probs=False, center=None, zoom=(1.0, 1.0)):
     """Segment a stack of 2D slices on its native grid.
 
-    volume: (Z, Y, X) numpy array or tensor, any real dtype, any range; scaled by its own minimum and maximum.
+    volume: (Z, Y, X) numpy array or tensor, any real dtype, any range; rescale() brings it to 0..1.
     size, view: "heart" reads a window of at most size x size, outside is background; "whole" squeezes the slice to
         size x size, and the logits are resized back before the argmax.
     center: of the window, (y, x) in pixels, moved so that the window lies inside; by default the slice's middle.
@@ -142,14 +169,7 @@ def segment_volume(net, volume, size, view="heart", batch=16, return_probs=False
     Raises ValueError unless the volume is 3D and finite. The network's mode is restored.
     """
     device = next(net.parameters()).device
-    with np.errstate(over="ignore"):                                         # beyond fp32: infinite, refused below
-        volume = torch.from_numpy(np.array(volume, np.float32))              # a copy; any byte order
-    if volume.ndim != 3 or volume.numel() == 0:
-        raise ValueError(f"segment_volume wants (Z, Y, X), got {tuple(volume.shape)}")
-    low, high = volume.min(), volume.max()
-    if not torch.isfinite(high - low):
-        raise ValueError("segment_volume: the volume holds NaN or infinity")
-    slices = ((volume - low) / (high - low).clamp_min(1e-12))[:, None]                     # (Z, 1, Y, X)
+    slices = rescale(volume)[:, None]                                                      # (Z, 1, Y, X)
     full = slices.shape[-2:]
     if view == "whole":
         extent, grid = full, (size, size)
@@ -159,7 +179,7 @@ def segment_volume(net, volume, size, view="heart", batch=16, return_probs=False
     middle = [n / 2 for n in full] if center is None else center
     top, left = (min(max(0, int(c - e / 2)), n - e) for c, e, n in zip(middle, extent, full, strict=True))
     inside = (slice(top, top + extent[0]), slice(left, left + extent[1]))
-    labels = torch.zeros(volume.shape, dtype=torch.uint8)
+    labels = torch.zeros(len(slices), *full, dtype=torch.uint8)
     probs = torch.zeros(len(slices), net.architecture["num_classes"], *full) if return_probs else None
     training = net.training
     net.eval()
@@ -205,6 +225,49 @@ def find_heart(net, volume, spacing, size, view="heart", batch=16):
     found = np.nonzero(largest_component(seen.astype(np.uint8)))
     center = tuple(float(i.mean()) + 0.5 for i in found[1:]) if seen.any() else None
     return dict(center=center, zoom=zoom)
+
+
+POSITIONS = ("as ACDC", "turned 90 clockwise", "turned 180", "turned 90 counter-clockwise", "mirrored left-right",
+             "transposed", "mirrored up-down", "transposed and turned 180")
+UNSURE = 20                                # pixels of entropy 1 that it adds to each class: a lost RV is not a sure one
+
+
+def turn(array, position, back=False):
+    """(..., Y, X) that lies as POSITIONS says -> as ACDC's, contiguous; with `back`, the way back."""
+    if back:
+        array = np.rot90(array, -(position % 4), axes=(-2, -1))
+    if position >= 4:
+        array = array[..., ::-1]
+    if not back:
+        array = np.rot90(array, position % 4, axes=(-2, -1))
+    return np.ascontiguousarray(array)
+
+
+def find_position(net, slices, spacing, size, view="heart", batch=16):
+    """Which of POSITIONS (N, Y, X) slices of one scan are in: the one in which the network is surest.
+
+    Asked about whole slices in each, it doubts the largest thing that it takes for a heart by the mean over RV, MYO
+    and LV of (sum of the entropy of their pixels + UNSURE) / (their number + UNSURE). The eight are the same for all
+    eight versions of a scan, so all get one answer; of equal doubts, the least array in C order decides, not how the
+    scan lies. view "whole": 0. Needs scipy.
+    """
+    if view == "whole":
+        return 0
+    doubts = []
+    for position in range(len(POSITIONS)):
+        turned = turn(slices, position)
+        yx = spacing[1:] if position % 2 == 0 else spacing[:0:-1]
+        zoom = tuple(s / PIXEL for s in yx)
+        labels, probs = segment_volume(net, turned, 2**30, view, batch, zoom=zoom, return_probs=True)
+        heart = largest_component((labels > 0).astype(np.uint8)) > 0
+        labels, probs = labels[heart], probs.transpose(0, 2, 3, 1)[heart]                 # (pixels,), (pixels, C)
+        entropy = -(probs * np.log(np.maximum(probs, 1e-12))).sum(1) / math.log(probs.shape[1])
+        classes = [entropy[labels == k] for k in range(1, probs.shape[1])]
+        doubt = np.mean([(e.sum(dtype=float) + UNSURE) / (len(e) + UNSURE) for e in classes])
+        doubts.append((float(doubt), position, turned))
+    least = min(doubt for doubt, _, _ in doubts)
+    equal = [(turned.shape, turned.tobytes(), position) for doubt, position, turned in doubts if doubt == least]
+    return min(equal)[-1]
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints

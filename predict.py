@@ -9,8 +9,8 @@ Per input NAME.nii or NAME.nii.gz, 3D or 4D, DIR (`--out`, by default prediction
     NAME_overlay.png   NAME_volumes.csv (a row per frame)   NAME_entropy.nii.gz (--entropy)
     NAME_volumes.png   4D: ventricular volume over time; ED and ES are the frames with most and least LV
 and predictions.csv, a row per input; later calls into DIR add to it. A folder gives every *.nii and *.nii.gz below it
-but label maps by their names (LABELS, LABEL_FOLDERS) and what is hidden. Slices are the third axis, oriented as in
-ACDC. Volumes, indices and uncertainty are evaluate.py's.
+but label maps by their names (LABELS, LABEL_FOLDERS) and what is hidden. scans.py judges axes and spacing, the network
+the position (models.find_position). Volumes, indices and uncertainty are evaluate.py's.
 """
 import csv
 import hashlib
@@ -37,17 +37,24 @@ import evaluate
 import models
 from data_prep import CLASSES, PHASES, DataError, Volume
 from evaluate import COLORS, INDICES, NOTICE, format_number, mean, staging, volumes_ml, write_csv
-from models import CheckpointError, DeviceError, find_heart, pick_device, segment_volume
+from models import CheckpointError, DeviceError, find_heart, find_position, pick_device, segment_volume, turn
+from scans import likeness, read_scan
 
+ML = [f"{c.lower()}_ml" for c in CLASSES]
 RESULTS = ("overlay.png", "entropy.nii.gz", "volumes.csv", "volumes.png", "seg.nii.gz")            # after NAME_
-COLUMNS = ("file", "name", "frames", "axes", "position", *(f"{c.lower()}_ml" for c in CLASSES), *PHASES, *INDICES,
+COLUMNS = ("file", "name", "frames", "axes", "position", *ML, *PHASES, *INDICES,
            "entropy", "disagreement", "warning", "error")                                          # of predictions.csv
 NIFTI = re.compile(r"\.nii(\.gz)?$", re.I)
 LABELS = re.compile(r"(^|[^a-z])(gt|seg|segmentation|entropy|labels?|masks?|annotations?)([^a-z]|$)", re.I)
 LABEL_FOLDERS = re.compile(r"(labels|masks|segmentations|annotations)(tr|ts|val)?", re.I)           # nnU-Net's labelsTr
-FEW_VALUES = 16                      # a label map has no more; a scan of 8 bits has a hundred
 LONGEST = 255 - len("_entropy.nii.gz")                              # bytes of a name that results can still be added to
-FIELD = (50, 1000)                   # mm that a slice can span; others are spacings in another unit, or none at all
+FRAMES = 8                           # of a cine, from which a frame can be told as odd
+UNLIKE = 0.2                         # below the usual correlation of a slice with its median over time; sound ones 0.03
+JUMP = 0.3                           # of the usual volume, off the running median of five frames
+SHARE = 0.3                          # of the slices with a heart, on which each structure is
+RATIO = {"ED": (0.25, 5), "": (0.1, 8)}  # RV/LV; annotated from 0.31, at ES 0.15; predicted 0.33 to 1.4, at ES 0.13 to
+                                         # 1.8; of patient090 3.1 and 5.3
+ENTROPY = 0.15                       # mean of what is predicted; 160 frames of ACDC 0.03 to 0.13, no heart 0.15 to 0.36
 
 
 # ----------------------------------------------------------------------------------------------------------- inputs
@@ -119,47 +126,45 @@ def find_images(paths):
     return dict(zip(sources.values(), map(fitting, chosen), strict=True))
 
 
-def refuse_labels(source, array):
-    """DataError where an image holds only a few whole numbers, and more than one."""
-    if len(np.unique(array.ravel()[::1 + array.size // 2**16])) > FEW_VALUES:                     # a scan's, in no time
-        return
-    values = np.unique(array)
-    if 1 < len(values) <= FEW_VALUES and np.array_equal(values, np.rint(values)):
-        raise DataError(f"{source}: holds only {len(values)} whole numbers, as a label map does; give the scan itself, "
-                        "and end the names of label maps in _seg, so that folders leave them out")
-
-
-def read_frames(source):
-    """NIfTI -> (frames (T, Z, Y, X) in the file's dtype, spacing (z, y, x) in mm, the nibabel image). Raises DataError,
-    also where its slices cannot be of a chest."""
-    if not (NIFTI.search(source.name) and source.is_file()):
-        raise DataError(f"{source}: not a NIfTI file by its name and kind; give .nii or .nii.gz")
-    array, spacing, nifti = data_prep.load_nifti(source)
-    refuse_labels(source, array)
-    height, width = array.shape[-2:]
-    if not all(FIELD[0] <= n * s <= FIELD[1] for n, s in zip((height, width), spacing[1:], strict=True)):
-        raise DataError(f"{source}: slices of {height} x {width} pixels of {spacing[1]:g} x {spacing[2]:g} mm cannot "
-                        "be a chest; write the true zooms, in mm, into it")
-    return array.reshape(-1, *array.shape[-3:]), spacing, nifti
-
-
 # --------------------------------------------------------------------------------------------------------- one file
 
-def segment_frames(nets, frames, spacing, inference, component, name=""):
-    """(T, Z, Y, X) -> (labels of that shape, uint8; entropy maps, T of (Z, Y, X) float32; rows of NAME_volumes.csv)."""
-    labels, maps, rows = np.empty(frames.shape, np.uint8), [], []
+def segment_frames(nets, frames, spacing, inference, component, name="", position=0):
+    """(T, Z, Y, X) that lie in a position -> (labels of that shape, uint8; entropy maps, float32; rows of
+    NAME_volumes.csv)."""
+    labels, maps, rows = np.empty(frames.shape, np.uint8), np.empty(frames.shape, np.float32), []
     silent = None if len(frames) > 1 else True                         # None: where stderr is no terminal
     for t, frame in enumerate(tqdm(frames, desc=name, unit="frame", disable=silent, leave=False)):
-        result = evaluate.segment(nets, frame, inference, component)
-        labels[t] = result.labels
-        maps.append(result.entropy)
+        result = evaluate.segment(nets, turn(frame, position), inference, component)
+        labels[t] = turn(result.labels, position, back=True)
+        maps[t] = turn(result.entropy, position, back=True)
         row = dict(frame=t + 1, phase="")
-        row |= zip((f"{c.lower()}_ml" for c in CLASSES), volumes_ml(result.labels, spacing), strict=True)
+        row |= zip(ML, volumes_ml(result.labels, spacing), strict=True)
         row["entropy"] = mean(result.entropy[result.labels > 0])
         if result.disagreement is not None:
             row["disagreement"] = mean(result.disagreement)
         rows.append(row)
     return labels, maps, rows
+
+
+def odd_images(frames):
+    """(T, Z, Y, X) -> (T,) bool: a slice of the frame is not like the same slice in the other frames."""
+    if len(frames) < FRAMES:
+        return np.zeros(len(frames), bool)
+    like = np.array([likeness(frames[:, z]) for z in range(frames.shape[1])])                      # (Z, T)
+    return (like < np.median(like, axis=1, keepdims=True) - UNLIKE).any(0)
+
+
+def odd_volumes(ml, odd):
+    """ml (T, 3), odd (T,) bool -> (T,) bool: also the frames one of whose volumes is far from its neighbours'."""
+    sound = np.flatnonzero(~odd)
+    if len(sound) < 2 * FRAMES:
+        return odd
+    around = np.array([np.median(ml[np.take(sound, range(i - 2, i + 3), mode="wrap")], axis=0)
+                       for i in range(len(sound))])
+    far = np.abs(ml[sound] - around) > JUMP * np.median(ml[sound], axis=0)
+    odd = odd.copy()
+    odd[sound[far.any(1)]] = True
+    return odd
 
 
 def find_phases(ml):
@@ -168,47 +173,97 @@ def find_phases(ml):
     cavity = np.where(ml[:, 2] > 0, ml[:, 2], np.inf)
     if np.isfinite(cavity).sum() < 2:
         return {}
-    return dict(zip(PHASES, (int(ml[:, 2].argmax()), int(cavity.argmin())), strict=True))
+    return dict(zip(PHASES, (int(np.nanargmax(ml[:, 2])), int(cavity.argmin())), strict=True))
 
 
-def predict_file(nets, source, stem, inference, find=True, component=True, entropy=False):
+def asked_slices(frames):
+    """(T, Z, Y, X) -> (4, Y, X) by which the position is judged: from the base's side to the apex's, each of
+    another frame where there are some; the same slices if the stack is upside down."""
+    steps, last = len(frames), frames.shape[1] - 1
+    low, near = int(0.2 * last), int(0.4 * last)
+    return np.stack([frames[steps * i // 4, z] for i, z in enumerate((low, near, last - near, last - low))])
+
+
+def doubts(labels, image, ml, entropy, phase):
+    """What is implausible about one frame's result -> [texts]. labels, image (Z, Y, X), ml of RV, MYO, LV."""
+    found = [np.count_nonzero((labels == k).any((1, 2))) for k in range(1, len(CLASSES) + 1)]
+    slices = np.count_nonzero((labels > 0).any((1, 2)))
+    lost = [c for c, n in zip(CLASSES, found, strict=True) if n < SHARE * slices]
+    texts = []
+    if not slices:
+        return ["no heart found"]
+    if lost:
+        texts.append(f"{' and '.join(lost)} on fewer than {SHARE:.0%} of the {slices} slices with a heart")
+    ratio, (least, most) = ml[0] / ml[2] if ml[2] else np.inf, RATIO["ED" if phase == "ED" else ""]
+    if not least <= ratio <= most:
+        texts.append(f"RV/LV {ratio:.2f}, usual is {least} to {most}")
+    if not entropy <= ENTROPY:
+        texts.append(f"entropy {entropy:.2f}, usual is 0.04")
+    if ml[2] and ml[1] and image[labels == 3].mean() < image[labels == 2].mean():
+        texts.append("blood darker than muscle: is the contrast inverted, or no cine's?")
+    return texts
+
+
+def predict_file(nets, source, stem, inference, find=True, component=True, entropy=False, spacing=None, axes=None):
     """Segment one NIfTI file, write the results that the head of this file names to `stem`_*, return the row of
     predictions.csv. DataError, ValueError, MemoryError or OSError, and then nothing was written."""
-    frames, spacing, nifti = read_frames(source)
-    focus = find_heart(nets[0], frames[0], spacing, **inference) if find else {}
-    labels, maps, rows = segment_frames(nets, frames, spacing, inference | focus, component, source.name)
-    ml = np.array([[row[f"{c.lower()}_ml"] for c in CLASSES] for row in rows])                     # (T, 3)
-    phases = find_phases(ml)
+    if not (NIFTI.search(source.name) and source.is_file()):
+        raise DataError(f"{source}: not a NIfTI file by its name and kind; give .nii or .nii.gz")
+    scan = read_scan(source, spacing, axes)
+    frames, spacing, warnings = scan.frames, scan.spacing, list(scan.warnings)
+    odd, position, focus = odd_images(frames), 0, {}
+    if find:
+        position = find_position(nets[0], asked_slices(frames[~odd]), spacing, **inference)
+        seen = turn(frames[~odd][0], position)
+        focus = find_heart(nets[0], seen, spacing if position % 2 == 0 else (spacing[0], *spacing[:0:-1]), **inference)
+    labels, maps, rows = segment_frames(nets, frames, spacing, inference | focus, component, source.name, position)
+    ml = np.array([[row[k] for k in ML] for row in rows])                                          # (T, 3)
+    odd = odd_volumes(ml, odd)
+    if frames.shape[1] < 3:
+        warnings.append(f"a stack of {frames.shape[1]}: is it a short-axis view? The network knows no other")
+    if odd.any():
+        names = ", ".join(map(str, 1 + np.flatnonzero(odd)))
+        warnings.append(f"frames unlike the others, left out of ED, ES and means: {names}")
+    phases = find_phases(np.where(odd[:, None], np.nan, ml)) if (~odd).sum() > 1 else {}
     indices = evaluate.clinical_indices(*(ml[t] for t in phases.values())) if phases else {}
     shown = []
     for phase, t in phases.items() or (("", 0),):
         rows[t]["phase"] = phase
-        volume = Volume(source.name, frames[t].astype(np.float32), None, spacing, None)
+        image = (frames[t] - frames[t].min()).astype(np.float32)
+        volume = Volume(source.name, image, None, spacing, None)
         shown.append((f"{phase}, frame {t + 1}" if phase else "", volume, labels[t]))
+        told = doubts(labels[t], image, ml[t], rows[t]["entropy"], phase)
+        warnings += [f"{phase}: {text}" if phase else text for text in told]
     title = source.name.encode("utf-8", "replace").decode().replace("$", r"\$")       # as matplotlib takes any name
     with staging(stem.parent, [f"{stem.name}_{k}" for k in RESULTS]) as folder:
         evaluate.draw_overlay(folder / f"{stem.name}_overlay.png", title, shown)
         if len(frames) > 1:
             draw_volumes(folder / f"{stem.name}_volumes.png", title, ml, phases, indices)
         write_csv(folder / f"{stem.name}_volumes.csv", rows)
-        save_like(nifti, labels, folder / f"{stem.name}_seg.nii.gz")
+        save_like(scan.nifti, scan.back(labels), folder / f"{stem.name}_seg.nii.gz")
         if entropy:
-            save_like(nifti, np.array(maps), folder / f"{stem.name}_entropy.nii.gz")
-    axes = "".join(map(str, nib.aff2axcodes(np.nan_to_num(nifti.affine))))
-    row = dict(file=str(source), frames=len(frames), axes=axes, **{k: t + 1 for k, t in phases.items()}, **indices)
-    return row | {key: mean([r[key] for r in rows]) for key in ("entropy", "disagreement") if key in rows[0]}
+            save_like(scan.nifti, scan.back(maps), folder / f"{stem.name}_entropy.nii.gz")
+    row = dict(file=str(source), frames=len(frames), axes=scan.axes)
+    row["position"] = models.POSITIONS[position] if find else ""
+    row |= {k: t + 1 for k, t in phases.items()} | indices
+    if len(frames) == 1:
+        row |= zip(ML, ml[0], strict=True)
+    for key in ("entropy", "disagreement"):
+        values = [r[key] for r, o in zip(rows, odd, strict=True) if not o and np.isfinite(r.get(key, np.nan))]
+        row |= {key: mean(values)} if key in rows[0] else {}
+    return row | dict(warning="; ".join(dict.fromkeys(warnings)))
 
 
 def save_like(nifti, array, path):
-    """(T, Z, Y, X) -> NIfTI with the header of `nifti`: its zooms, forms and units stay, whatever they say; its texts,
-    which can name a person, do not."""
+    """An array of the shape of `nifti` -> NIfTI with its header: its zooms, forms and units stay, whatever they say;
+    its texts, which can name a person, do not."""
     header = nifti.header.copy()
     header.extensions.clear()
     for key in {"descrip", "db_name", "aux_file", "intent_name", "data_type"}.intersection(header.keys()):
         header[key] = b""
     header.set_data_dtype(array.dtype)
     header["cal_min"] = header["cal_max"] = 0                                # the source's window of display
-    nib.save(type(nifti)(array.reshape(nifti.shape[::-1]).T, nifti.affine, header), path)
+    nib.save(type(nifti)(array, nifti.affine, header), path)
 
 
 def draw_volumes(path, title, ml, phases, indices):
@@ -247,8 +302,6 @@ def tell(row):
         found = [f"{evaluate.index_name(k)} {format_number(1, row[k])} {unit}" for k, unit in INDICES.items()]
         text += f", ED {row['ED']}, ES {row['ES']}; " + ", ".join(found)
     tqdm.write(text)
-    if row["axes"][:2] != "LP":
-        warn(f"{row['file']}: axes {row['axes']}, ACDC's are LPS: does the RV lie left of the LV in the overlay?")
 
 
 def attempt(nets, source, stem, inference, options):
@@ -426,12 +479,19 @@ def parse(argv):
     group = parser.add_argument_group("results")
     group.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR", help="folder [predictions]")
     group.add_argument("--entropy", action="store_true", help="the uncertainty too, as NIfTI")
+    group = parser.add_argument_group("a header that does not tell")
+    group.add_argument("--spacing", nargs=3, type=float, metavar=("Z", "Y", "X"), help="mm between slices, of a pixel")
+    group.add_argument("--axes", metavar="xyzt", help="the array's axes in their order, t for time")
     evaluate.add_network_options(parser, on=True)
     with suppress(AttributeError, OSError):                            # as Parser.parse_args does
         sys.stdout.reconfigure(errors="backslashreplace")
     args = parser.parse_intermixed_args(argv)                          # options may stand before PATH
     if bool(args.onnx) + args.time + bool(args.paths) != 1:
         parser.error("give one of PATH, --onnx and --time")
+    if args.spacing and not all(0 < mm < np.inf for mm in args.spacing):
+        parser.error("--spacing: give three lengths in mm")
+    if args.axes and "".join(sorted(args.axes)) not in ("txy", "xyz", "txyz"):
+        parser.error("--axes: give x, y, z and t in the array's order, each once; z or t may be absent")
     if args.entropy and not args.paths:
         parser.error("--entropy goes with PATH")
     return args
@@ -447,7 +507,8 @@ def work(args):
         return print_export(nets[0], inference, args.onnx)
     if args.time:
         return print_times(nets[0], inference, device)
-    options = dict(find=args.find_heart, component=args.largest_component, entropy=args.entropy)
+    options = dict(find=args.find_heart, component=args.largest_component, entropy=args.entropy,
+                   spacing=args.spacing and tuple(args.spacing), axes=args.axes)
     with evaluate.names_target(args.out):
         return 1 if predict(nets, inference, args.paths, args.out, **options) else 0
 

@@ -21,7 +21,18 @@ from test_evaluate import drawn, heart, one_thread, painted, read_csv, save, tra
 
 import evaluate
 import predict
-from models import PIXEL, UNet, find_heart, largest_component, load_model, segment_volume, standardize
+import scans
+from models import (
+    PIXEL,
+    UNet,
+    find_heart,
+    find_position,
+    largest_component,
+    load_model,
+    segment_volume,
+    standardize,
+    turn,
+)
 
 SCRIPT = Path(predict.__file__)
 DATABASE = SCRIPT.parent.parent / "shared" / "acdc" / "database"
@@ -40,6 +51,12 @@ def checkpoint(tmp_path_factory):
                                for k, v in student.state_dict().items()})
     save(path, dict(student=student, coteacher=coteacher))
     return path
+
+
+@pytest.fixture(autouse=True)
+def unsure(monkeypatch):
+    """The student of these tests has learnt for seconds: its entropy is high everywhere."""
+    monkeypatch.setattr(predict, "ENTROPY", 1)
 
 
 @pytest.fixture
@@ -121,9 +138,12 @@ def test_geometry_survives_on_every_dtype(capsys, tmp_path, checkpoint):
     sources = sorted((tmp_path / "in").iterdir())
     net, content = load_model(checkpoint)
     expected = {}
-    for ndim, image in ((3, frame()), (4, cine()[0])):
-        focus = find_heart(net, image, spacing, **content["inference"])
-        expected[ndim] = largest_component(segment_volume(net, image, **content["inference"], **focus))
+    for ndim, frames in ((3, frame()[None]), (4, cine()[:2])):
+        position = find_position(net, predict.asked_slices(frames), spacing, **content["inference"])
+        image, mm = turn(frames[0], position), spacing if position % 2 == 0 else (8, 1.3, 1.5)
+        focus = find_heart(net, image, mm, **content["inference"])
+        labels = largest_component(segment_volume(net, image, **content["inference"], **focus))
+        expected[ndim] = turn(labels, position, back=True)
     assert evaluate.dice(expected[3], truth()).mean() > 0.8                             # a prediction worth a look
     for source in sources:
         stem = tmp_path / "out" / source.name.split(".nii")[0]
@@ -178,7 +198,7 @@ def test_a_label_map_tells_nothing_about_a_person(tmp_path, kind):
     nib.save(source, tmp_path / "person.nii")
     source = nib.load(tmp_path / "person.nii")
     assert len(source.header.extensions) == 2
-    predict.save_like(source, truth()[None].astype(np.uint8), tmp_path / "person_seg.nii")
+    predict.save_like(source, truth().T.astype(np.uint8), tmp_path / "person_seg.nii")
     assert b"Jane" not in (tmp_path / "person_seg.nii").read_bytes()
     after = nib.load(tmp_path / "person_seg.nii")
     np.testing.assert_array_equal(np.asarray(after.dataobj).T, truth())
@@ -193,8 +213,8 @@ def test_a_label_map_tells_nothing_about_a_person(tmp_path, kind):
 def test_real_cine_and_official_patients(capsys, tmp_path, checkpoint):
     sitk = pytest.importorskip("SimpleITK", reason="pip install SimpleITK")
     sources = [DATABASE / "training" / "patient090" / "patient090_4d.nii.gz", DATABASE / "testing"]
-    code, stdout, stderr = run(capsys, checkpoint, *sources, "--out", tmp_path)
-    assert (code, stderr) == (0, "")
+    code, stdout, _ = run(capsys, checkpoint, *sources, "--out", tmp_path)
+    assert code == 0
     assert "5 of 5 files" in stdout                                                     # no _gt among them
     for path, source in (("patient090_4d", sources[0].parent), ("patient101/patient101_frame01", sources[1])):
         a, b = (sitk.ReadImage(f"{p}.nii.gz") for p in (tmp_path / f"{path}_seg", source / path))
@@ -244,7 +264,7 @@ def test_nothing_found(capsys, tmp_path, checkpoint):
     write_nifti(tmp_path / "in" / "flat.nii", np.zeros((2, 3, 40, 40), np.float32))
     write_nifti(tmp_path / "in" / "single.nii", cine()[:1])
     code, _, stderr = run(capsys, checkpoint, tmp_path / "in", "--out", tmp_path / "out")
-    assert (code, stderr) == (0, "")
+    assert (code, stderr) == (0, f"predict.py: {tmp_path}/in/flat.nii: no heart found\n")
     assert results(tmp_path / "out") == {"flat": RESULTS | {"_volumes.png"}, "single": RESULTS}
     flat, single = read_csv(tmp_path / "out" / "predictions.csv")
     labels = np.asanyarray(nib.load(tmp_path / "out" / "flat_seg.nii.gz").dataobj)
@@ -400,7 +420,7 @@ def test_a_label_map_by_any_name_is_refused_by_content(capsys, tmp_path, checkpo
         assert "cavity.nii: holds only 2 whole numbers, as a label map does; give the scan itself" in stderr
         assert "heart.nii.gz: holds only 4 whole numbers" in stderr
     assert results(tmp_path / "out") == {}
-    predict.refuse_labels("x", np.zeros((3, 40, 40)))
+    scans.refuse_labels("x", np.zeros((3, 40, 40)))
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -479,7 +499,7 @@ def damage(folder):
     os.mkfifo(folder / "pipe.nii")                                                      # waited for, it never ends
     return {"truncated": "cannot be read", "text": "cannot be read", "empty": "cannot be read", "holes": "NaN",
             "flat": "not a 3D or 4D image", "five": "not a 3D or 4D image", "zero": "spacing",
-            "metres": "write the true zooms, in mm", "pipe": "not a NIfTI file"}
+            "metres": "give --spacing Z Y X in mm", "pipe": "not a NIfTI file"}
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -502,20 +522,6 @@ def test_bad_files_among_good_ones(capsys, tmp_path, checkpoint):
     code, _, stderr = run(capsys, checkpoint, tmp_path / "in" / "flat.nii", "--out", tmp_path / "none")
     assert (code, stderr.count("\n")) == (1, 1)
     assert results(tmp_path / "none") == {}
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_another_orientation_is_told(capsys, tmp_path, checkpoint):
-    """ACDC's axes are LPS; a file turned to RAS is segmented, with one line of warning and its axes in the table."""
-    scan = write_nifti(tmp_path / "in" / "lps.nii", frame())
-    turned = nib.load(scan)
-    turned = nib.Nifti1Image(turned.get_fdata(dtype=np.float32)[::-1, ::-1], None, turned.header)
-    turned.header.set_sform(np.eye(4), 2)
-    nib.save(turned, tmp_path / "in" / "ras.nii")
-    code, _, stderr = run(capsys, checkpoint, tmp_path / "in", "--out", tmp_path / "out")
-    assert (code, stderr.count("\n")) == (0, 1)
-    assert "ras.nii: axes RAS, ACDC's are LPS" in stderr
-    assert [r["axes"] for r in read_csv(tmp_path / "out" / "predictions.csv")] == ["LPS", "RAS"]
 
 
 def test_wrong_use(capsys, tmp_path, checkpoint):
@@ -642,9 +648,10 @@ def test_onnx_of_any_size(exported, shape):
     assert "standardises each slice" in meta["preprocessing"]
 
 
-def test_readme_example_runs_without_torch(exported, tmp_path):
-    """The README's lines as they stand, torch and this repository out of reach, give segment_volume's labels."""
-    blocks = re.findall(r"```python\n(.*?)```", (SCRIPT.parent / "README.md").read_text(encoding="utf-8"), re.S)
+def test_example_runs_without_torch(exported, tmp_path):
+    """The lines of SCANS.md as they stand, torch and this repository out of reach, give segment_volume's labels."""
+    page = (SCRIPT.parent / "results" / "SCANS.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
     code = next(b for b in blocks if "onnxruntime" in b)
     assert len(code.splitlines()) <= 22
     assert set(re.findall(r"^(?:import|from) (\w+)", code, re.M)) == {"numpy", "nibabel", "onnxruntime"}
