@@ -16,6 +16,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gradio as gr
+import nibabel as nib
+import numpy as np
 import torch
 
 import data_prep
@@ -23,6 +25,7 @@ import evaluate
 import models
 import phantom
 import predict
+import scans
 
 MAX_MB, PAGES = 500, 16                              # of an upload; open pages whose scan is kept, the latest
 CSS = "#message textarea {color: #c2410c; font-weight: bold} #image img {width: 100%}"
@@ -41,13 +44,10 @@ def segment(nets, inference, source, folder):
     `shown`: images and labels (T, Z, Y, X), spacing (z, y, x) in mm. Raises as predict_file."""
     stem = f"{folder.name}/{predict.NIFTI.sub('', source.name)}"
     row = predict.predict_file(nets, source, Path(stem), inference) | dict(file=source.name)
-    images, spacing, _ = data_prep.load_nifti(source)
-    labels, *_ = data_prep.load_nifti(Path(f"{stem}_seg.nii.gz"))
-    if row["frames"] == 1:
-        row = dict(zip(("rv_ml", "myo_ml", "lv_ml"), evaluate.volumes_ml(labels, spacing), strict=True)) | row
+    scan = scans.read_scan(source)
+    labels = scan.forth(np.asanyarray(nib.load(f"{stem}_seg.nii.gz").dataobj))
     evaluate.write_csv(f"{stem}_table.csv", [{c: row.get(c) for c in predict.COLUMNS}])
-    images, labels = (a.reshape(-1, *a.shape[-3:]) for a in (images, labels))
-    return SimpleNamespace(folder=folder, stem=stem, row=row, shown=(images, labels, spacing))
+    return SimpleNamespace(folder=folder, stem=stem, row=row, shown=(scan.frames, labels, scan.spacing))
 
 
 def outputs(scan):
@@ -67,17 +67,17 @@ def outputs(scan):
 
 def build(nets, inference, root):
     """The page -> gradio.Blocks. Files are kept below `root`."""
-    scans, waiting = {}, Counter()                   # {page: scan}, {uploaded file: how many pages wait for it}
+    kept, waiting = {}, Counter()                    # {page: scan}, {uploaded file: how many pages wait for it}
 
     def take(file, request: gr.Request, progress=gr.Progress(track_tqdm=True)):        # noqa: B008
         """An uploaded file, or None for the synthetic cine. What was shown goes, also where the file is bad."""
-        scans.pop(request.session_hash, None)
+        kept.pop(request.session_hash, None)
         folder = tempfile.TemporaryDirectory(dir=root)                                 # goes with the scan
         source = Path(file or f"{folder.name}/synthetic_cine.nii.gz")
         try:
             if not file:
                 phantom.write_cine(source)
-            scan = scans[request.session_hash] = segment(nets, inference, source, folder)
+            scan = kept[request.session_hash] = segment(nets, inference, source, folder)
         except (data_prep.DataError, ValueError, RuntimeError, MemoryError, OSError) as error:
             line = str(error) if isinstance(error, data_prep.DataError) else f"{source}: {data_prep.one_line(error)}"
             line = line.replace(f"{source.parent}{os.sep}", "")
@@ -86,16 +86,16 @@ def build(nets, inference, root):
             waiting[file] -= 1
             if waiting[file] < 1:
                 source.unlink(missing_ok=True)
-        if len(scans) > PAGES:
-            scans.pop(next(iter(scans)))
+        if len(kept) > PAGES:
+            kept.pop(next(iter(kept)))
         return outputs(scan)
 
     def view(level, frame, outline, whole, request: gr.Request):
-        scan = scans.get(request.session_hash)
+        scan = kept.get(request.session_hash)
         return evaluate.draw_slice(*scan.shown, frame - 1, level - 1, outline, whole) if scan else None
 
     def close(request: gr.Request):
-        scans.pop(request.session_hash, None)
+        kept.pop(request.session_hash, None)
 
     with gr.Blocks(title="ACT-Net", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.Markdown(f"# Cardiac MRI, short axis\n**{evaluate.NOTICE}** Files stay on the machine that serves the page.")
