@@ -322,6 +322,27 @@ def draw_contours(ax, labels, window):
         ax.text(0.03, 0.03, f"{beyond} pixels outside", color="white", transform=ax.transAxes)
 
 
+def draw_slice(frames, labels, spacing, t, z, outline=True, whole=False):
+    """(T, Z, Y, X) images and labels, spacing (z, y, x) -> the Figure of slice z of frame t, both from 0, around the
+    heart or whole, with the outline of each class or without; as bright in every frame."""
+    from matplotlib.figure import Figure
+    heart = labels.any((0, 1))
+    if whole or not heart.any():
+        heart[:] = True
+    y, x = (np.flatnonzero(heart.any(axis))[[0, -1]] + (-15, 16) for axis in (1, 0))        # beyond the image, perhaps
+    aspect = spacing[1] / spacing[2]
+    figure = Figure(figsize=(6.4, 6.4 * aspect * np.ptp(y) / np.ptp(x)), facecolor="black")
+    ax = figure.add_axes((0, 0, 1, 1), facecolor="black")
+    low, high = np.percentile(frames[:, z, max(y[0], 0):y[1], max(x[0], 0):x[1]], (1, 99.5))
+    ax.imshow(frames[t, z], "gray", vmin=low, vmax=high, interpolation="bicubic", aspect=aspect)
+    if outline:
+        draw_contours(ax, labels[t, z], ...)
+    for i, (name, color) in enumerate(COLORS.items()):
+        ax.text(0.02 + 0.1 * i, 0.02, name, color=color, transform=ax.transAxes, weight="bold")
+    ax.set(xlim=x, ylim=y[::-1])
+    return figure
+
+
 def draw_agreement(path, rows):
     """Rows of clinical.csv -> a PNG, 4 columns wide. Per index the prediction against the annotation, and below it
     their difference against their mean with bias and bias +- 1.96 SD (Bland and Altman, Lancet 1986)."""

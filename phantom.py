@@ -100,8 +100,9 @@ def bump(angle, at):
     return np.abs(np.angle(np.exp(1j * (angle - at))))
 
 
-def draw(rng, group, shape, pixel):
-    """The short-axis stacks of one synthetic patient, ED and ES -> [(image (Z, Y, X) float, label uint8)] * 2.
+def draw(rng, group, shape, pixel, beat=(0, 1)):
+    """The short-axis stacks of one synthetic patient -> [(image (Z, Y, X) float, label uint8)], one per number of
+    `beat`, which says how far the heart has contracted: 0 at ED, 1 at ES.
 
     `pixel` is mm per pixel. The LV is half an ellipsoid, base first, whose wall keeps its volume as it contracts; the
     RV is a crescent on it, gone before the apex. Papillary muscles are labelled as cavity, as in ACDC.
@@ -117,8 +118,10 @@ def draw(rng, group, shape, pixel):
     papillae = [(angle + rng.normal(0, 0.2), c.vary(5, 0.3)) for angle in (-1.0, 1.3)]
     groove = 4 * (np.abs(from_septum - span) < 0.35)  # fat where the ventricles meet
     rough = 0.3 * np.clip(c.spots - 0.8, 0, 1.5)  # trabeculae
+    ends = (1, 1, width), (0.92, 1 - fraction, width * c.vary(0.7, 0.1))  # ED, ES
     frames = []
-    for length, rest, rv_width in ((1, 1, width), (0.92, 1 - fraction, width * c.vary(0.7, 0.1))):  # ED, ES
+    for k in beat:
+        length, rest, rv_width = ((1 - k) * ed + k * es for ed, es in zip(*ends, strict=True))
         inner = radius * np.sqrt(rest / length)  # the cavity's volume goes with radius^2 * length
         outer = np.sqrt(inner**2 + ((radius + wall) ** 2 - radius**2) / length)
         s = c.t / length
@@ -159,13 +162,26 @@ def write_patient(folder, seed):
         for end, array in (("", image.astype(dtype)), ("_gt", label)):
             if end and number > 100:
                 continue  # the challenge's own test set, as it was before its annotation was released
-            nifti = nib.Nifti1Image(np.asfortranarray(array.T), None)
-            nifti.header.set_zooms((pixel, pixel, gap))
-            nifti.header.set_sform(np.diag([-1, -1, 1, 1]), 2)
-            file = f"{folder.name}_frame{frame:02d}{end}.nii.gz"
-            write_atomic(folder / file, gzip.compress(nifti.to_bytes(), 6, mtime=0))  # no date: same seed, same bytes
+            write_nifti(folder / f"{folder.name}_frame{frame:02d}{end}.nii.gz", array, (pixel, pixel, gap))
     info = {**frames, "Group": group, "Height": 170.0, "NbFrame": 25, "Weight": 70.0}
     write_atomic(folder / "Info.cfg", "".join(f"{k}: {v}\n" for k, v in info.items()).encode())
+
+
+def write_cine(path, frames=10, seed=0):
+    """One synthetic heart beating, (T, Z, Y, X), as a 4D NIfTI; ED is its first frame."""
+    beat = np.sin(np.pi * (np.arange(frames) / frames) ** 0.8) ** 2  # systole is the shorter part
+    drawn = draw(np.random.default_rng(seed), "NOR", (8, 144, 128), 1.5, beat)
+    images = np.array([image for image, _ in drawn])
+    images = np.rint(np.clip(images / np.quantile(images, 0.998), 0, 1) * 900).astype(np.int16)
+    write_nifti(path, images, (1.5, 1.5, 10, 0.8 / frames))
+
+
+def write_nifti(path, array, zooms):
+    """(Z, Y, X) or (T, Z, Y, X), zooms (x, y, z) in mm (and t in s) -> as in ACDC, with a sform that says 1 mm."""
+    nifti = nib.Nifti1Image(np.asfortranarray(array.T), None)
+    nifti.header.set_zooms(zooms)
+    nifti.header.set_sform(np.diag([-1, -1, 1, 1]), 2)
+    write_atomic(path, gzip.compress(nifti.to_bytes(), 6, mtime=0))  # no date: same seed, same bytes
 
 
 def make_phantom(out, patients=20, seed=0, workers=None):

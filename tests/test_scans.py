@@ -110,6 +110,7 @@ def test_any_order_of_three_axes(tmp_path_factory, order, told, gap, flip):
         expected = expected.swapaxes(1, 2)
     np.testing.assert_array_equal(scan.frames[0], expected)
     np.testing.assert_array_equal(scan.back(scan.frames), array)
+    np.testing.assert_array_equal(scan.forth(array), scan.frames)
     assert bool(scan.warnings) == (told == "left behind" and order.index("z") < 2)
 
 
@@ -128,6 +129,7 @@ def test_any_order_of_four_axes(tmp_path_factory, order, told):
         expected = expected.swapaxes(2, 3)
     np.testing.assert_array_equal(scan.frames, expected)
     np.testing.assert_array_equal(scan.back(scan.frames), array)
+    np.testing.assert_array_equal(scan.forth(array), scan.frames)
 
 
 @given(st.integers(2, 8), st.integers(6, 14), st.booleans())
@@ -141,6 +143,7 @@ def test_a_cine_in_one_row_of_images(tmp_path_factory, slices, frames, by_frame)
     np.testing.assert_array_equal(scan.frames, base.transpose(3, 2, 1, 0))
     assert f"{frames} frames of {slices} slices" in scan.warnings[0]
     np.testing.assert_array_equal(scan.back(scan.frames), array)
+    np.testing.assert_array_equal(scan.forth(array), scan.frames)
 
 
 @needs_acdc
@@ -154,12 +157,14 @@ def test_real_cine_in_every_order(tmp_path, patient090):
         scan = read_scan(write(tmp_path / f"{name}.nii", array, zooms[:array.ndim]))
         np.testing.assert_array_equal(scan.frames, expected, name)
         np.testing.assert_array_equal(scan.back(scan.frames), array)
+        np.testing.assert_array_equal(scan.forth(array), scan.frames)
         assert bool(scan.warnings) == (name != "xyzt")
     with pytest.raises(DataError, match="its 12 slices are as alike as the frames of a cine; give --axes xyt"):
         read_scan(write(tmp_path / "one.nii", cine[:, :, 3], zooms[:3]))
     scan = read_scan(tmp_path / "one.nii", axes="xyt")
     np.testing.assert_array_equal(scan.frames, expected[:, 3:4])
     np.testing.assert_array_equal(scan.back(scan.frames), cine[:, :, 3])
+    np.testing.assert_array_equal(scan.forth(cine[:, :, 3]), scan.frames)
 
 
 @pytest.mark.parametrize(("zooms", "sform", "words"), [
