@@ -15,10 +15,12 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+if __name__ == "__main__":
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")                                   # as predict.py
+
 import gradio as gr
 import nibabel as nib
 import numpy as np
-import torch
 
 import data_prep
 import evaluate
@@ -39,11 +41,12 @@ Mass of the myocardium {myo_mass} g. ED is frame {ED}, ES frame {ES} of {frames}
 STILL = "RV, ml | MYO, ml | LV, ml\n---|---|---\n{rv_ml} | {myo_ml} | {lv_ml}"
 
 
-def segment(nets, inference, source, folder):
+def segment(nets, checkpoint, source, folder):
     """predict_file's results in a TemporaryDirectory, which the scan keeps, and NAME_table.csv -> a scan: stem; row;
     `shown`: images and labels (T, Z, Y, X), spacing (z, y, x) in mm. Raises as predict_file."""
     stem = f"{folder.name}/{predict.NIFTI.sub('', source.name)}"
-    row = predict.predict_file(nets, source, Path(stem), inference) | dict(file=source.name)
+    usual = checkpoint.get("entropy", predict.USUAL)
+    row = predict.predict_file(nets, source, Path(stem), checkpoint["inference"], usual=usual) | dict(file=source.name)
     scan = scans.read_scan(source)
     labels = scan.forth(np.asanyarray(nib.load(f"{stem}_seg.nii.gz").dataobj))
     evaluate.write_csv(f"{stem}_table.csv", [{c: row.get(c) for c in predict.COLUMNS}])
@@ -65,7 +68,7 @@ def outputs(scan):
             f"{scan.stem}_seg.nii.gz", f"{scan.stem}_table.csv"]
 
 
-def build(nets, inference, root):
+def build(nets, checkpoint, root):
     """The page -> gradio.Blocks. Files are kept below `root`."""
     kept, waiting = {}, Counter()                    # {page: scan}, {uploaded file: how many pages wait for it}
 
@@ -77,10 +80,9 @@ def build(nets, inference, root):
         try:
             if not file:
                 phantom.write_cine(source)
-            scan = kept[request.session_hash] = segment(nets, inference, source, folder)
+            scan = kept[request.session_hash] = segment(nets, checkpoint, source, folder)
         except (data_prep.DataError, ValueError, RuntimeError, MemoryError, OSError) as error:
-            line = str(error) if isinstance(error, data_prep.DataError) else f"{source}: {data_prep.one_line(error)}"
-            line = line.replace(f"{source.parent}{os.sep}", "")
+            line = predict.describe_error(source, error).replace(f"{source.parent}{os.sep}", "")
             return [None, gr.Textbox(line, visible=True), gr.Column(visible=False), *[gr.skip()] * 9]
         finally:
             waiting[file] -= 1
@@ -123,11 +125,10 @@ def build(nets, inference, root):
 
 
 def serve(args):
-    torch.backends.cudnn.allow_tf32 = False                                            # as predict.py
     nets, checkpoint = evaluate.load_networks(args.checkpoint, models.pick_device())
     with tempfile.TemporaryDirectory(prefix="actnet-", ignore_cleanup_errors=True) as root:
         os.environ["GRADIO_TEMP_DIR"] = root
-        page = build(nets, checkpoint["inference"], root).queue(max_size=20)
+        page = build(nets, checkpoint, root).queue(max_size=20)
         _, url, _ = page.launch(server_name=args.host, inbrowser=not args.no_browser, share=False, quiet=True, css=CSS,
                                 head=POLICY, max_file_size=f"{MAX_MB}mb", footer_links=[], run_history=False,
                                 enable_monitoring=False, prevent_thread_lock=True)
@@ -136,7 +137,6 @@ def serve(args):
 
 
 def main(argv=None):
-    """The command line -> exit code: 0, 2 for a user's error."""
     parser = data_prep.Parser(prog="app.py", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", nargs="?", type=Path, default="results/student_acdc7.pt", help="[%(default)s]")
     parser.add_argument("--host", metavar="ADDRESS", help="where to listen [127.0.0.1: this machine alone]")

@@ -49,7 +49,6 @@ if __name__ == "__main__":     # before torch starts its threads: one that spins
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")       # that it waits for, where other work runs beside
 
 import numpy as np
-import torch
 from scipy import ndimage
 from tqdm import tqdm
 
@@ -790,8 +789,6 @@ def work(args):
     out = args.out or args.checkpoint.parent / args.split
     with names_target(out):
         device = pick_device(args.gpu, args.cpu)
-        models.choose_threads(device)
-        torch.backends.cudnn.allow_tf32 = False                                        # a GPU's scores as a CPU's
         summary = evaluate_checkpoint(args.checkpoint, out, args.data, args.split, args.which, device, args.find_heart,
                                       args.largest_component)
     print_summary(summary)

@@ -38,17 +38,20 @@ class DeviceError(Exception):
     """A device that this machine lacks: one line that says which exist."""
 
 
-def pick_device(gpu=None, cpu=False):
-    """--gpu N and --cpu of a command line -> torch.device: without either the first CUDA device, if any. Raises
-    DeviceError where there is no device N, or torch cannot compute on it."""
+def pick_device(gpu=None, cpu=False, threads=None):
+    """--gpu N and --cpu of a command line -> torch.device: without either the first CUDA device, if any; a CPU with
+    as many threads as choose_threads says, a GPU whose fp32 is fp32. Raises DeviceError where there is no device N, or
+    torch cannot compute on it."""
     count = torch.cuda.device_count()
     if gpu is not None and not 0 <= gpu < count:
         have = f"devices 0 to {count - 1}" if count else \
             f"no CUDA device for torch {torch.__version__}; give --cpu instead"
         raise DeviceError(f"--gpu {gpu}: this machine has {have}")
     if cpu or not count:
+        choose_threads(threads)
         return torch.device("cpu")
     device = torch.device("cuda", gpu or 0)
+    torch.backends.cudnn.allow_tf32 = False
     try:
         torch.ones(1, device=device).add_(1).item()                    # counted is not usable: an old driver or card
     except (RuntimeError, AssertionError) as error:
@@ -58,10 +61,10 @@ def pick_device(gpu=None, cpu=False):
     return device
 
 
-def choose_threads(device, number=None):
-    """torch's threads where it computes on the CPU: `number` (a resumed run's: sums are taken in their order), or as
-    many as the machine has idle cores now. OMP_NUM_THREADS decides where it is set. Fewer than usual are told."""
-    if device.type != "cpu" or "OMP_NUM_THREADS" in os.environ:
+def choose_threads(number=None):
+    """torch's threads: `number` (a resumed run's: sums are taken in their order), or as many as the machine has idle
+    cores now. OMP_NUM_THREADS decides where it is set. Fewer than usual are told."""
+    if "OMP_NUM_THREADS" in os.environ:
         return
     usual = torch.get_num_threads()
     chosen = number or max(1, round(min(usual, idle_cores())))

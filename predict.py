@@ -309,12 +309,16 @@ def tell(row):
     tqdm.write(text)
 
 
+def describe_error(source, error):
+    return str(error) if isinstance(error, DataError) else f"{source}: {data_prep.one_line(error)}"
+
+
 def attempt(nets, source, stem, inference, options):
     """predict_file, told to people -> its row, or one that says why there is none."""
     try:
         row = predict_file(nets, source, stem, inference, **options)
     except (DataError, ValueError, RuntimeError, MemoryError) as error:
-        text = str(error) if isinstance(error, DataError) else f"{source}: {data_prep.one_line(error)}"
+        text = describe_error(source, error)
         warn(text)
         return dict(file=str(source), error=text)
     tell(row)
@@ -507,8 +511,6 @@ def parse(argv):
 def work(args):
     """What the command line asks for -> 1 where a file could not be segmented."""
     device = pick_device(args.gpu, args.cpu)
-    models.choose_threads(device)
-    torch.backends.cudnn.allow_tf32 = False                                        # a GPU's answers as a CPU's
     nets, checkpoint = evaluate.load_networks(args.checkpoint, device, args.which)
     inference = checkpoint["inference"]
     if args.onnx:

@@ -356,8 +356,7 @@ def prepare(cfg, threads=None):
     gpu = None if cfg.cpu else distributed.local_gpu()
     if gpu is None and cfg.gpu >= 0:
         gpu = cfg.gpu
-    device = pick_device(gpu, cfg.cpu)
-    models.choose_threads(device, threads)
+    device = pick_device(gpu, cfg.cpu, threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)                       # what has no tensor to go by: events, pinned memory, bf16?
     stages = list_stages(cfg)
@@ -372,7 +371,6 @@ def prepare(cfg, threads=None):
         raise DataError(f"--batch {cfg.batch} --labeled-batch {cfg.labeled_batch} --sup-batch {cfg.sup_batch}: "
                         f"{size} processes want multiples")
     torch.backends.cudnn.benchmark = not cfg.deterministic
-    torch.backends.cudnn.allow_tf32 = False                            # fp32, validation's too, is fp32
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # warn_only: max-pooling's backward is called non-deterministic, but our windows do not overlap.

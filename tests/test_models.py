@@ -164,9 +164,7 @@ def test_choose_threads(monkeypatch, capsys, idle, number, env, expected, told):
     monkeypatch.setattr(models, "idle_cores", lambda: idle)
     torch.set_num_threads(2)
     try:
-        models.choose_threads(torch.device("cuda"), number)
-        assert torch.get_num_threads() == 2
-        models.choose_threads(torch.device("cpu"), number)
+        models.pick_device(cpu=True, threads=number)
         assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(before)

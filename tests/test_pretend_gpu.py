@@ -109,7 +109,7 @@ def gpu(monkeypatch):
             return true()
 
     for module in (models, train_actnet, evaluate):
-        monkeypatch.setattr(module, "pick_device", lambda gpu=None, cpu=False: GPU)
+        monkeypatch.setattr(module, "pick_device", lambda gpu=None, cpu=False, threads=None: GPU)
     monkeypatch.setattr(torch, "Generator", Generator)
     true_scaler = torch.amp.GradScaler                        # disables itself where torch finds no GPU
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: true_scaler("cpu", enabled=enabled))
