@@ -1,4 +1,5 @@
 """models.py: sizes, any input, the one inference path, checkpoints whole or refused."""
+import inspect
 import io
 import os
 import pickle
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import augment
 import models
 from models import CheckpointError, UNet, count_parameters, load_model, save_checkpoint, segment_volume, standardize
 
@@ -264,9 +266,18 @@ def test_bad_checkpoints_get_one_line(net, tmp_path):
     assert models.load_checkpoint(tmp_path / "good.pt")["better"] == "student"
 
 
-def test_copied_alone(tmp_path):
-    shutil.copy(ROOT / "models.py", tmp_path)
-    code = ("import numpy as np, models; net = models.UNet(4, 16); "
-            "print(models.segment_volume(net, np.random.rand(2, 40, 30), 32).shape, models.count_parameters(net))")
+@pytest.mark.parametrize(("name", "code", "said"), [
+    ("models", "net = models.UNet(4, 16); print(models.segment_volume(net, np.random.rand(2, 40, 30), 32).shape, "
+               "models.count_parameters(net))", "(2, 40, 30) 482500"),
+    ("augment", "rng, noise, x = np.random.default_rng(0), torch.Generator(), torch.rand(2, 1, 40, 40); "
+                "x = augment.warp(x, augment.heart_window(2, 16, 40, rng, x.device)); "
+                "print(*augment.perturb(x, rng, noise, 1.0).shape)", "2 1 16 16")])
+def test_copied_alone(tmp_path, name, code, said):
+    shutil.copy(ROOT / f"{name}.py", tmp_path)
+    code = f"import numpy as np, torch, {name}; {code}"
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert result.stdout.strip() == "(2, 40, 30) 482500", result.stderr
+    assert result.stdout.strip() == said, result.stderr
+
+
+def test_files_that_are_copied_alone_standardise_alike():
+    assert inspect.getsource(models.standardize) == inspect.getsource(augment.standardize)
