@@ -814,7 +814,7 @@ def train(cfg, resume=None):
 def parse(argv):
     parser = data_prep.Parser(
         description=__doc__.splitlines()[0], usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS,
-        add_help=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=118))
+        add_help=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=38, width=118))
     group = parser.add_argument_group("run")
     group.add_argument("-h", "--help", action="help", help="show this and exit")
     group.add_argument("--preset", choices=("paper", "cpu"),

@@ -316,7 +316,7 @@ def rise(n=0):
     calls, real = itertools.count(1), train_actnet.Run.validate
 
     def validate(self, actnet):
-        evaluate.validate = lambda *_: dict(dice=[self.done / 1000] * 3, hd95_voxel=[0.0] * 3)
+        evaluate.validate = lambda *_: dict(dice=[self.done / 1000] * 3, hd95_voxel=[0.0] * 3, entropy=0.1)
         row = real(self, actnet)
         if next(calls) == n:
             os.kill(os.getpid(), signal.SIGKILL)
