@@ -161,7 +161,7 @@ PRESETS = {
     "cpu": dict(size=128, batch=16, labeled_batch=4, sup_batch=8, iters=21000, stages=(4000, 15000, 2000),
                 teacher=(5, 16), val_every=500, log_every=20),
     "demo": dict(data="data/phantom", labeled=3, size=96, batch=8, labeled_batch=4, sup_batch=8, iters=600,
-                 stages=(100, 150, 350), teacher=(4, 16), student=(4, 8), lr=0.01, ema=0.95, val_every=150,
+                 stages=(150, 150, 300), teacher=(4, 12), student=(4, 8), views=3, lr=0.01, ema=0.95, val_every=150,
                  log_every=10),
 }
 MAY_CHANGE = {"iters", "minutes", "save_minutes", "gpu", "cpu", "out", "data", "table"}          # on --resume
