@@ -81,7 +81,7 @@ def build(nets, checkpoint, root):
             if not file:
                 phantom.write_cine(source)
             scan = kept[request.session_hash] = segment(nets, checkpoint, source, folder)
-        except (data_prep.DataError, ValueError, RuntimeError, MemoryError, OSError) as error:
+        except Exception as error:                                 # as predict.attempt
             line = predict.describe_error(source, error).replace(f"{source.parent}{os.sep}", "")
             return [None, gr.Textbox(line, visible=True), gr.Column(visible=False), *[gr.skip()] * 9]
         finally:
@@ -103,7 +103,7 @@ def build(nets, checkpoint, root):
         gr.Markdown(f"# Cardiac MRI, short axis\n**{evaluate.NOTICE}** Files stay on the machine that serves the page.")
         drop = gr.File(label=f"A NIfTI file, 3D or 4D, at most {MAX_MB} MB", height=140, elem_id="drop")
         synthetic = gr.Button("Take a synthetic scan")
-        message = gr.Textbox(label="Look here", visible=False, elem_id="message")
+        message = gr.Textbox(label="Look here (--options: of predict.py)", visible=False, elem_id="message")
         with gr.Column(visible=False) as results, gr.Row():
             with gr.Column():
                 image = gr.Plot(format="png", show_label=False, container=False, elem_id="image")

@@ -204,8 +204,9 @@ def load_nifti(path, judged=True):
         kind = f"{dtype} of shape {shape} is not a 3D or 4D image"
         require(min(shape, default=0) > 0, path, kind, FETCH)
         time = [n for n in shape[3:] if n > 1] or [1] * (len(shape) > 3)
-        numbers = len(shape) >= 3 and len(time) < 2 and dtype.kind in "iuf"
-        require(numbers, path, kind, "give numbers, one a voxel, as (x, y, z) or (x, y, z, t)")
+        require(len(shape) >= 3 and len(time) < 2, path, kind, "give it as (x, y, z) or (x, y, z, t)")
+        real = "save the magnitude of complex numbers, one channel of colours"
+        require(dtype.kind in "iuf", path, f"holds {dtype}, not real numbers", real)
         require_room(path, math.prod(shape), f"the header claims {shape}", FETCH)
         array = read_voxels(path, image, zipped).reshape(*time, *shape[2::-1])
         with (image.file_map.get("header") or image.file_map["image"]).get_prepare_fileobj("rb") as f:

@@ -51,7 +51,7 @@ NIFTI = re.compile(r"\.nii(\.gz)?$", re.I)
 LABELS = re.compile(r"(^|[^a-z])(gt|seg|segmentation|entropy|labels?|masks?|annotations?)([^a-z]|$)", re.I)
 LABEL_FOLDERS = re.compile(r"(labels|masks|segmentations|annotations)(tr|ts|val)?", re.I)           # nnU-Net's labelsTr
 LONGEST = 255 - len("_entropy.nii.gz")                              # bytes of a name that results can still be added to
-FRAMES = 8                           # of a cine, from which a frame can be told as odd
+FRAMES = 4, 16                       # of a cine, from which a frame can be told as odd by its image, by its volumes
 UNLIKE = 0.2                         # below the usual correlation of a slice with its median over time; sound ones 0.03
 JUMP = 0.3                           # of the usual volume, off the running median of five frames
 SHARE = 0.25                         # of the slices with a heart, on which each structure is; predicted from 0.30
@@ -151,7 +151,7 @@ def segment_frames(nets, frames, spacing, inference, component, name="", positio
 
 def odd_images(frames):
     """(T, Z, Y, X) -> (T,) bool: a slice of the frame is not like the same slice in the other frames."""
-    if len(frames) < FRAMES:
+    if len(frames) < FRAMES[0]:
         return np.zeros(len(frames), bool)
     like = np.array([likeness(frames[:, z]) for z in range(frames.shape[1])])                      # (Z, T)
     return (like < np.median(like, axis=1, keepdims=True) - UNLIKE).any(0)
@@ -160,7 +160,7 @@ def odd_images(frames):
 def odd_volumes(ml, odd):
     """ml (T, 3), odd (T,) bool -> (T,) bool: also the frames one of whose volumes is far from its neighbours'."""
     sound = np.flatnonzero(~odd)
-    if len(sound) < 2 * FRAMES:
+    if len(sound) < FRAMES[1]:
         return odd
     around = np.array([np.median(ml[np.take(sound, range(i - 2, i + 3), mode="wrap")], axis=0)
                        for i in range(len(sound))])
@@ -213,11 +213,16 @@ def predict_file(nets, source, stem, inference, find=True, component=True, entro
     """Segment one NIfTI file, write the results that the head of this file names to `stem`_*, return the row of
     predictions.csv. DataError, ValueError, MemoryError or OSError, and then nothing was written."""
     if not (NIFTI.search(source.name) and source.is_file()):
-        raise DataError(f"{source}: not a NIfTI file by its name and kind; give .nii or .nii.gz")
+        raise DataError(f"{source}: not a NIfTI file by its name and kind; give .nii or .nii.gz (of .hdr and .img "
+                        "nibabel.save(nibabel.load(FILE), 'scan.nii') makes one)")
     scan = read_scan(source, spacing, axes)
     frames, spacing, warnings = scan.frames, scan.spacing, list(scan.warnings)
     odd, position, focus = odd_images(frames), 0, {}
-    if find:
+    judged = find and inference["view"] == "heart"
+    if odd.all():
+        odd[:] = False
+        warnings.append("each frame has a slice unlike the others', so none is left out: look at the curve")
+    if judged:
         position = find_position(nets[0], asked_slices(frames[~odd]), spacing, **inference)
         seen = turn(frames[~odd][0], position)
         focus = find_heart(nets[0], seen, spacing if position % 2 == 0 else (spacing[0], *spacing[:0:-1]), **inference)
@@ -234,7 +239,7 @@ def predict_file(nets, source, stem, inference, find=True, component=True, entro
     shown = []
     for phase, t in phases.items() or (("", 0),):
         rows[t]["phase"] = phase
-        image = (frames[t] - frames[t].min()).astype(np.float32)
+        image = np.subtract(frames[t], frames[t].min(), dtype=np.float64).astype(np.float32)
         volume = Volume(source.name, image, None, spacing, None)
         shown.append((f"{phase}, frame {t + 1}" if phase else "", volume, labels[t]))
         told = doubts(labels[t], image, ml[t], rows[t]["entropy"], phase, usual)
@@ -249,7 +254,7 @@ def predict_file(nets, source, stem, inference, find=True, component=True, entro
         if entropy:
             save_like(scan.nifti, scan.back(maps), folder / f"{stem.name}_entropy.nii.gz")
     row = dict(file=str(source), frames=len(frames), axes=scan.axes)
-    row["position"] = models.POSITIONS[position] if find else ""
+    row["position"] = models.POSITIONS[position] if judged else ""
     row |= {k: t + 1 for k, t in phases.items()} | indices
     if len(frames) == 1:
         row |= zip(ML, ml[0], strict=True)
@@ -268,7 +273,8 @@ def save_like(nifti, array, path):
         header[key] = b""
     header.set_data_dtype(array.dtype)
     header["cal_min"] = header["cal_max"] = 0                                # the source's window of display
-    nib.save(type(nifti)(array, nifti.affine, header), path)
+    affine = nifti.affine if np.isfinite(nifti.affine).all() else None                  # nibabel cannot write it again
+    nib.save(type(nifti)(array, affine, header), path)
 
 
 def draw_volumes(path, title, ml, phases, indices):
@@ -317,7 +323,9 @@ def attempt(nets, source, stem, inference, options):
     """predict_file, told to people -> its row, or one that says why there is none."""
     try:
         row = predict_file(nets, source, stem, inference, **options)
-    except (DataError, ValueError, RuntimeError, MemoryError) as error:
+    except OSError:                                                             # `out` takes no more
+        raise
+    except Exception as error:                                                  # a library's, of a file: others go on
         text = describe_error(source, error)
         warn(text)
         return dict(file=str(source), error=text)

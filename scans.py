@@ -25,8 +25,10 @@ AGREE = 0.03                        # by which zooms and affine may differ
 ALIKE = 0.96                        # mean correlation with the median image; a cine's frames 0.98, slices of ACDC up to
                                     # 0.81, of M&Ms 0.42, of the phantom 0.94
 MOSTLY = 0.9                        # of a single image: frames of the cine 0.964 upwards
+APART = (0.85, 0.05)                # of slices k apart, and above that of neighbours; sound stacks at most 0
+PAIRS = 0.17                        # of slices 1 and 2, 3 and 4, above that of 2 and 3; sound stacks at most 0.132
 FEW_VALUES = 16                     # a label map has no more; a scan of 8 bits has a hundred
-ASK = "give --spacing Z Y X in mm, or --axes"
+ASK = "give the true --spacing Z Y X in mm, or --axes"
 
 
 class Scan(NamedTuple):
@@ -62,14 +64,34 @@ def refuse_labels(source, array):
                         "and end the names of label maps in _seg, so that folders leave them out")
 
 
-def likeness(images):
-    """(N, Y, X) -> the correlation of each image with the median image, (N,), 0 where one is flat."""
-    thin = images[:, ::3, ::3].astype(np.float64)
+def unit_rows(images):
+    """(N, Y, X) -> (1 + N, pixels): the median image and each image, thinned, with mean 0 and length 1; 0 if flat."""
+    def thirds(n):                                                   # the same pixels if the image is mirrored
+        i = np.arange(n)
+        return np.flatnonzero((i % 3 == 0) | (i[::-1] % 3 == 0))
+    thin = images[:, thirds(images.shape[1])][:, :, thirds(images.shape[2])].astype(np.float64)
     thin = np.clip(thin, *np.percentile(thin, (1, 99)))              # a few extremes are no likeness
     rows = np.concatenate((np.median(thin, axis=0)[None], thin)).reshape(len(thin) + 1, -1)
     rows = rows - rows.mean(1, keepdims=True)
-    rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
+
+
+def likeness(images):
+    """(N, Y, X) -> the correlation of each image with the median image, (N,), 0 where one is flat."""
+    rows = unit_rows(images)
     return rows[1:] @ rows[0]
+
+
+def repeats(images):
+    """(N, Y, X) -> whether they are several stacks in one row, one after the other or slice by slice: images that lie
+    apart are alike, or pairs are, more than a stack's neighbours ever are."""
+    n, rows = len(images), unit_rows(images)[1:]
+    def like(step, start=0, by=1):
+        return np.median(np.einsum("ij,ij->i", rows[:-step], rows[step:])[start::by])
+    near = like(1) if n > 1 else 0
+    apart = (like(m) for m in range(2, n // 2 + 1) if n % m == 0)
+    return any(x > APART[0] and x - near > APART[1] for x in apart) or (
+        n > 3 and n % 2 == 0 and like(1, 0, 2) - like(1, 1, 2) > PAIRS)
 
 
 def alike(images):
@@ -158,7 +180,7 @@ def choose(source, array, zooms, spacing, axes):
     """The way of candidates() that a stack of slices can be, and its warnings. DataError where there is none."""
     ways = candidates(array, zooms, spacing, axes)
     sound = [way for way in ways if not way[3]]
-    if spacing and axes and not sound:                               # the user's word, both of it
+    if spacing and not sound:                                        # the user's word
         return ways[0], [ways[0][3]]
     scores = dict.fromkeys((way[1] for way in sound), 0.0)
     if array.ndim == 4 and not axes:
@@ -184,6 +206,8 @@ def read_scan(source, spacing=None, axes=None):
     array, zooms, nifti = data_prep.load_nifti(source, judged=False)
     refuse_labels(source, array)
     array, warnings = array.T, []                                    # in the file's order of axes
+    if array.ndim == 4 and array.shape[3] == 1 and not axes:
+        array = array[..., 0]
     if axes and len(axes) > array.ndim:
         axes = axes.replace("t", "")
     if axes and len(axes) != array.ndim:
@@ -196,9 +220,14 @@ def read_scan(source, spacing=None, axes=None):
         array = turned.T
         frames, slices = as_frames(array, axes).shape[:2]
         if slices == 1:
-            raise DataError(f"{source}: its {frames} slices are as alike as the frames of a cine; give --axes xyt if "
-                            "they are, --axes xyz if not")
+            raise DataError(f"{source}: its {frames} slices are as alike as the frames of a cine; give --axes xyt "
+                            "and --spacing Z Y X if they are, --axes xyz if not")
         zooms = (*zooms[:3], zooms[2])
         warnings.append(f"read as {frames} frames of {slices} slices, told by the images: look at the curve")
+    elif array.ndim == 3 and not axes and repeats(array.T):
+        raise DataError(f"{source}: holds slices several times, as frames do; save a cine as (x, y, z, t), or give "
+                        "--axes xyz if they are one stack")
     (_, order, mm, _), more = choose(source, array, zooms, spacing, axes)
+    if "z" not in order and not spacing:
+        more.append("thickness of the slice not told: volumes and mass are for 1 mm; give --spacing Z Y X")
     return Scan(np.ascontiguousarray(as_frames(array, order)), mm, nifti, order, warnings + more)

@@ -338,6 +338,98 @@ def test_a_volume_far_from_its_neighbours_is_odd():
     assert not predict.odd_volumes(ml[:6], none[:6]).any()
 
 
+@needs_acdc
+def test_few_frames_in_one_row_are_refused(tmp_path, patient002, patient090):
+    """ED and ES as one stack, one after the other or slice by slice: nearly twice the volume, if read as slices."""
+    ed = patient002[0]
+    es = data_prep.load_nifti(ACDC / "patient002" / "patient002_frame12.nii.gz")[0]
+    whole = data_prep.load_nifti(ACDC / "patient002" / "patient002_frame01.nii.gz")[0]
+    rows = [np.concatenate([whole, es]), np.stack([whole, es], 1).reshape(-1, *whole.shape[1:]),
+            patient090[0][..., ::4].transpose(3, 2, 1, 0).reshape(-1, *patient090[0].shape[1::-1])]
+    for i, row in enumerate(rows):
+        path = write(tmp_path / f"{i}.nii", row.transpose(2, 1, 0), (1.4, 1.4, 8))
+        with pytest.raises(DataError, match="holds slices several times"):
+            read_scan(path)
+        assert read_scan(path, axes="xyz").frames.shape == (1, *row.shape)
+    assert not scans.repeats(ed)
+
+
+@needs_acdc
+def test_no_sound_stack_is_taken_for_several():
+    for path in sorted(ACDC.glob("patient0[0-3]*/*_frame??.nii.gz")):
+        assert not scans.repeats(data_prep.load_nifti(path)[0]), path
+
+
+def test_a_fifth_axis_of_one_or_a_time_of_one_changes_nothing(tmp_path):
+    base = stack()
+    scan = read_scan(write(tmp_path / "one.nii", base[..., None], (1.5, 1.5, 8, 1)))
+    assert (scan.axes, scan.frames.shape) == ("xyz", (1, 6, 50, 60))
+    np.testing.assert_array_equal(scan.back(scan.frames), base[..., None])
+    with pytest.raises(DataError, match="--axes xyt and --spacing"):
+        read_scan(write(tmp_path / "still.nii", moving(stack()[..., :1])[:, :, 0, :, None], (1.5, 1.5, 8, 1)))
+
+
+def test_a_thickness_that_nobody_told_is_warned_about(tmp_path):
+    path = write(tmp_path / "still.nii", moving(stack()[..., :1])[:, :, 0], (1.5, 1.5, 8))
+    assert "volumes and mass are for 1 mm" in read_scan(path, axes="xyt").warnings[0]
+    scan = read_scan(path, axes="xyt", spacing=(8, 1.5, 1.5))
+    assert (scan.spacing, scan.warnings) == ((8, 1.5, 1.5), [])
+
+
+def test_the_users_spacing_alone_settles_it(tmp_path):
+    """2 mm may be true: the remedy that the refusal names must work."""
+    path = write(tmp_path / "thin.nii", stack(), (1.4, 1.4, 1.5))
+    with pytest.raises(DataError, match="--spacing Z Y X"):
+        read_scan(path)
+    scan = read_scan(path, spacing=(1.5, 1.4, 1.4))
+    assert scan.spacing == (1.5, 1.4, 1.4)
+    assert "coarser than their pixels" in scan.warnings[0]
+
+
+@needs_acdc
+def test_a_bad_frame_of_six_is_named_and_each_bad_is_told(tmp_path, student, patient090):
+    cine, zooms = patient090[0][..., ::2].copy(), patient090[1]
+    cine[:, :, 1:5, 2] = np.random.default_rng(0).uniform(0, cine.max(), cine[:, :, 1:5, 2].shape)
+    row, _ = answer(student, write(tmp_path / "cine.nii", cine, zooms), tmp_path)
+    assert row["warning"].endswith("means: 3")
+    assert row["lv_ef"] == pytest.approx(61, abs=3)
+    cine = patient090[0].copy()
+    for t in range(cine.shape[3]):
+        cine[:, :, t % 7, t] = np.random.default_rng(t).uniform(0, cine.max(), cine.shape[:2])
+    row, _ = answer(student, write(tmp_path / "cine.nii", cine, zooms), tmp_path)
+    assert "each frame has a slice unlike the others'" in row["warning"]
+
+
+@given(st.integers(30, 60), st.integers(30, 60), st.integers(0, 7), st.integers(0, 99))
+@many
+def test_likeness_does_not_depend_on_how_a_slice_lies(height, width, position, seed):
+    images = np.random.default_rng(seed).normal(0, 1, (5, height, width))
+    np.testing.assert_allclose(scans.likeness(turn(images, position)), scans.likeness(images), atol=1e-9)
+
+
+def test_a_header_without_a_usable_affine_ends_no_batch(tmp_path, capsys):
+    """NaN in the forms: nibabel cannot write them again; the next file is done."""
+    for name in "ab":
+        write(tmp_path / f"{name}.nii", stack((80, 80, 6)), (1.5, 1.5, 8))
+    raw = bytearray((tmp_path / "a.nii").read_bytes())
+    raw[280:284] = np.float32(np.nan).tobytes()                                                           # srow_x[0]
+    (tmp_path / "a.nii").write_bytes(raw)
+    predict.main([str(STUDENT), str(tmp_path / "a.nii"), str(tmp_path / "b.nii"), "--out", str(tmp_path / "out"),
+                  "--cpu", "--spacing", "8", "1.5", "1.5"])
+    rows = read_csv(tmp_path / "out" / "predictions.csv")
+    assert [row["error"] for row in rows] == ["", ""]
+    assert nib.load(tmp_path / "out" / "a_seg.nii.gz").shape == (80, 80, 6)
+
+
+@needs_acdc
+def test_signed_data_over_their_full_range(tmp_path, student, patient002):
+    """The image of the overlay, by which contrast is judged, does not overflow."""
+    frame, _, spacing = patient002
+    array = np.clip(frame / np.quantile(frame, 0.995) * 255 - 128, -128, 127).astype(np.int8).transpose(2, 1, 0)
+    row, _ = answer(student, write(tmp_path / "int8.nii", array, spacing[::-1]), tmp_path)
+    assert (row["lv_ml"], row["warning"]) == (pytest.approx(247.4, rel=0.03), "")
+
+
 # -------------------------------------------------------------------------------------------------------- intensity
 
 @needs_acdc
