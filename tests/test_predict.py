@@ -499,7 +499,7 @@ def damage(folder):
     os.mkfifo(folder / "pipe.nii")                                                      # waited for, it never ends
     return {"truncated": "cannot be read", "text": "cannot be read", "empty": "cannot be read", "holes": "NaN",
             "flat": "not a 3D or 4D image", "five": "not a 3D or 4D image", "zero": "spacing",
-            "metres": "give --spacing Z Y X in mm", "pipe": "not a NIfTI file"}
+            "metres": "give the true --spacing Z Y X in mm", "pipe": "not a NIfTI file"}
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -407,6 +407,12 @@ def test_likeness_does_not_depend_on_how_a_slice_lies(height, width, position, s
     np.testing.assert_allclose(scans.likeness(turn(images, position)), scans.likeness(images), atol=1e-9)
 
 
+def test_what_are_no_real_numbers_says_so(tmp_path):
+    nib.save(nib.Nifti1Image(np.ones((60, 60, 5), np.complex64), np.eye(4)), tmp_path / "k.nii")
+    with pytest.raises(DataError, match="holds complex64, not real numbers; save the magnitude"):
+        read_scan(tmp_path / "k.nii")
+
+
 def test_a_header_without_a_usable_affine_ends_no_batch(tmp_path, capsys):
     """NaN in the forms: nibabel cannot write them again; the next file is done."""
     for name in "ab":
