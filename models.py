@@ -74,7 +74,7 @@ def choose_threads(number=None):
               file=sys.stderr)
 
 
-def idle_cores(seconds=0.2):
+def idle_cores(seconds=0.1):
     """How many cores nobody used for so long; infinite where /proc does not tell."""
     def read():
         with open("/proc/stat") as f:
