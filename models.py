@@ -291,6 +291,12 @@ def turn(array, position, back=False):
     return np.ascontiguousarray(array)
 
 
+def turn_spacing(spacing, position):
+    """(z, y, x) of an array -> of `turn` of it."""
+    z, y, x = spacing
+    return (z, y, x) if position % 2 == 0 else (z, x, y)
+
+
 def find_position(net, slices, spacing, size, view="heart", batch=16):
     """Which of POSITIONS (N, Y, X) slices of one scan are in: the one in which the network is surest.
 
@@ -304,8 +310,7 @@ def find_position(net, slices, spacing, size, view="heart", batch=16):
     doubts = []
     for position in range(len(POSITIONS)):
         turned = turn(slices, position)
-        yx = spacing[1:] if position % 2 == 0 else spacing[:0:-1]
-        zoom = tuple(s / PIXEL for s in yx)
+        zoom = tuple(s / PIXEL for s in turn_spacing(spacing, position)[1:])
         labels, probs = segment_volume(net, turned, 2**30, view, batch, zoom=zoom, return_probs=True)
         heart = largest_component((labels > 0).astype(np.uint8)) > 0
         labels, probs = labels[heart], probs.transpose(0, 2, 3, 1)[heart]                 # (pixels,), (pixels, C)

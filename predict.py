@@ -225,7 +225,7 @@ def predict_file(nets, source, stem, inference, find=True, component=True, entro
     if judged:
         position = find_position(nets[0], asked_slices(frames[~odd]), spacing, **inference)
         seen = turn(frames[~odd][0], position)
-        focus = find_heart(nets[0], seen, spacing if position % 2 == 0 else (spacing[0], *spacing[:0:-1]), **inference)
+        focus = find_heart(nets[0], seen, models.turn_spacing(spacing, position), **inference)
     labels, maps, rows = segment_frames(nets, frames, spacing, inference | focus, component, source.name, position)
     ml = np.array([[row[k] for k in ML] for row in rows])                                          # (T, 3)
     odd = odd_volumes(ml, odd)

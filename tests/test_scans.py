@@ -221,6 +221,14 @@ def test_one_answer_however_a_file_lies(tmp_path_factory, student, patient002, o
 
 # --------------------------------------------------------------------------------------------------------- position
 
+def test_spacing_turns_with_the_array():
+    """Pixels that are not square: each axis keeps its own, in all eight positions."""
+    told = {2: 9.0, 50: 1.2, 70: 1.5}
+    for position in range(8):
+        shape = turn(np.zeros(tuple(told)), position).shape
+        assert models.turn_spacing(tuple(told.values()), position) == tuple(told[n] for n in shape)
+
+
 def test_positions_are_what_their_names_say():
     acdc = np.array([[1, 2, 3], [4, 5, 6]])
     lies = {"as ACDC": acdc, "turned 90 clockwise": np.array([[4, 1], [5, 2], [6, 3]]),
