@@ -72,7 +72,7 @@ def heart_window(n, size, side, rng, device):
 
 def perturb(x, rng, noise, strength):
     """(N, 1, S, S) in 0..1 -> the same, each slice with a gamma, a coil's uneven field, mean 0 and deviation 1, blur
-    or sharpening, contrast, brightness and noise of its own. strength: a number, or (N,) numpy; 0 only standardises."""
+    or sharpening, contrast, brightness and noise of its own. strength: number or (N,) numpy; 0 only standardises."""
     n, size, device = len(x), x.shape[-1], x.device
     strength = np.broadcast_to(strength, n)
     gamma, contrast, brightness, grain, blur = strength * rng.uniform(-1, 1, (5, n))
@@ -85,6 +85,13 @@ def perturb(x, rng, noise, strength):
     x = torch.lerp(x, soft, blur)                                                                  # below 0: sharper
     x = torch.addcmul(brightness, x, contrast)
     return torch.addcmul(x, grain, torch.randn(x.shape, device=device, generator=noise))
+
+
+def perturb_each(views, rng, noise):
+    """[(images (N, 1, S, S), strength)] -> [perturb of each], drawn and computed as one batch."""
+    sizes = [len(x) for x, _ in views]
+    strength = np.repeat([strength for _, strength in views], sizes)
+    return perturb(torch.cat([x for x, _ in views]), rng, noise, strength).split(sizes)
 
 
 # ----------------------------------------------------------------------------------------------------------- cutmix

@@ -1,9 +1,10 @@
 """One batch over several processes (torchrun): exact batch norm, gathered logits, votes.
 
-Each of W processes takes every W-th row of the batch. Batch norm sees all rows, the logits are gathered before the loss
-(so Dice is over the whole batch), and the losses equal those of one process but for rounding.
+Each of W processes takes every W-th row of the batch. Batch norm sees all rows, the logits are gathered before the
+loss (so Dice is over the whole batch), and the losses equal those of one process but for rounding.
 """
 import os
+import sys
 import warnings
 from datetime import timedelta
 
@@ -24,6 +25,15 @@ def start():
 def stop():
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(code):
+    """End the script. Under torchrun at once: as the interpreter ends, torch's threads have been seen to abort."""
+    if "WORLD_SIZE" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def world():
@@ -75,7 +85,7 @@ def gather(logits):
     parts = [torch.empty_like(logits) for _ in range(size)]
     dist.all_gather(parts, logits.detach())
     parts[rank] = logits
-    return torch.stack(parts, 1).flatten(0, 1)                                    # (B / W, W, C, H, W) -> (B, C, H, W)
+    return torch.stack(parts, 1).flatten(0, 1)                                   # (B / W, W, C, H, W) -> (B, C, H, W)
 
 
 class _Sum(torch.autograd.Function):
@@ -110,8 +120,8 @@ class GlobalBatchNorm(nn.BatchNorm2d):
 
 
 def add_up(dtype, bucket):
-    """Sums gradients over the processes, each of which holds its rows' share, where DistributedDataParallel would take
-    a mean: the loss keeps its weights to the bit, for any number of processes."""
+    """Sums gradients over the processes, each of which holds its rows' share, where DistributedDataParallel would
+    take a mean: the loss keeps its weights to the bit, for any number of processes."""
     grads = bucket.buffer()
     sent = dist.all_reduce(grads.to(dtype), async_op=True).get_future()
     return sent.then(lambda done: grads.copy_(done.value()[0]))

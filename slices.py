@@ -1,13 +1,14 @@
-"""The pool of training slices: where they wait, what a step draws from them, and what the teachers said of each.
+"""What a run reads: the pool of training slices, the volumes of val, the teachers and what they say of each slice.
 
     slices = Slices(cfg, device)                  # cfg: train_actnet.Config
     slices.begin(stage)                           # which pools the stage draws from
     for x, y, t, rng in slices.batches(0, 100):   # images, labels, the teacher's logits or None, random source
 
-The prepared set is small (1312 slices of 256 x 256: 172 MB in fp16): it is read once, cut or resized once, and waits on
-the device, in memory or on disk; batches are drawn and augmented on the device. Everything random is a function of
+The prepared set is small (1312 slices of 256 x 256: 172 MB in fp16): it is read once, cut or resized once, and waits
+on the device, in memory or on disk; batches are drawn and augmented on the device. Everything random is a function of
 (seed, step), so a resumed run goes on with the same batches, wherever the slices wait.
 """
+import hashlib
 import os
 import signal
 import tempfile
@@ -21,7 +22,25 @@ import augment
 import data_prep
 from data_prep import DataError
 from distributed import world
-from models import segment_volume
+from models import load_model, segment_volume
+
+
+def fingerprint(root):
+    """SHA-256 of the slices and volumes that a run reads: another set would silently be another run."""
+    sha = hashlib.sha256()
+    for split, pattern in (("train_slices", data_prep.SLICE), ("val", data_prep.VOLUME)):
+        for name in data_prep.read_list(root, split, pattern):
+            sha.update(name.encode() + data_prep.h5_path(root, name).read_bytes())
+    return sha.hexdigest()
+
+
+def read_val(root):
+    """The volumes that choose the checkpoint, all with labels."""
+    volumes = [data_prep.read_volume(root, name) for name in data_prep.read_list(root, "val")]
+    data_prep.require(volumes, f"{root}/val.list", "empty, and the best checkpoint is chosen on val")
+    for v in volumes:
+        data_prep.require(v.label is not None, root, f"{v.name} of val.list holds no label")
+    return volumes
 
 
 def choose_cache(cache, device, need):
@@ -89,7 +108,7 @@ class Slices:
     def keep_answers(self, folder):
         """An empty place for the answers, (n, 3, S, S) uint8 of RV, MYO, LV, where --cache says."""
         shape = len(self.names), 3, self.side, self.side
-        if self.cache == "disk":                                          # a file without a name: it goes with the run
+        if self.cache == "disk":                                       # a file without a name: it goes with the run
             file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
             if hasattr(os, "posix_fallocate"):                            # a disk that is full says so now
                 os.posix_fallocate(file.fileno(), 0, int(np.prod(shape)))
@@ -97,6 +116,13 @@ class Slices:
         else:
             place = self.device if self.cache == "device" else "cpu"
             self.answers = torch.zeros(shape, dtype=torch.uint8, device=place)
+
+    def answer(self, nets, index):
+        """Keep what networks say of the slices of a range; nets: as `ask` wants them."""
+        part = slice(index.start, index.stop)
+        images = self.read(index)[0] if self.cache == "disk" else self.images[part]
+        answers = ask(nets, images.to(self.device).float(), self.cfg.views)
+        self.answers[part] = answers.to(self.answers.device)
 
     def parts(self):
         """-> (first slice, slices, drawn a step) of each pool that the stage draws from."""
@@ -147,8 +173,8 @@ class Slices:
             yield self.batch(step, raw)
 
     def batch(self, step, raw=None):
-        """-> x (B, 1, S, S) float in 0..1, y (L, S, S) uint8 of its first L slices, t (B, C, S, S) the teacher's logits
-        or None, and the step's random source."""
+        """-> x (B, 1, S, S) float in 0..1, y (L, S, S) uint8 of its first L slices, t (B, C, S, S) the teacher's
+        logits or None, and the step's random source."""
         raw = self[step] if raw is None else raw
         if isinstance(raw, DataError):
             raise raw
@@ -169,6 +195,26 @@ class Slices:
         return x, y, bytes_.clamp_min_(0.5).log_(), rng            # half of the least byte; logits have no unit
 
 
+def load_teacher(path, cfg):
+    """-> (network, its inference settings), frozen. DataError where it is no teacher, or answers other questions."""
+    net, checkpoint = load_model(path)
+    config = checkpoint.get("config")
+    trained = config.get("network") if isinstance(config, dict) else "teacher"
+    if checkpoint["better"] != "teacher" and trained != "teacher":
+        raise DataError(f"--teacher-ckpt {path}: holds the student of its run, not a teacher; train one with "
+                        "--network teacher --method sup")
+    for key, wanted in (("in_channels", 1), ("num_classes", len(data_prep.CLASSES) + 1)):
+        if net.architecture[key] != wanted:
+            raise DataError(f"--teacher-ckpt {path}: {key} {net.architecture[key]}, the student's is {wanted}")
+    if not all(v.isfinite().all() for v in net.state_dict().values()):
+        raise DataError(f"--teacher-ckpt {path}: its weights are not finite")
+    inference = {key: checkpoint["inference"][key] for key in ("size", "view")}
+    if inference["view"] != cfg.view:
+        raise DataError(f"--teacher-ckpt {path}: looks at the {inference['view']}, the run at the {cfg.view} "
+                        "(--view)")
+    return net.requires_grad_(False), inference
+
+
 @torch.no_grad()
 def ask(nets, images, views):
     """What networks say of slices, each the one inference path, a mean over networks and turns of the slices.
@@ -176,15 +222,17 @@ def ask(nets, images, views):
     nets: [(network, its inference settings)]. images (n, 1, S, S) float. -> (n, 3, S, S) uint8, probabilities of RV,
     MYO and LV times 255; outside a network's window is background.
     """
+    def turned(angle):
+        linear = augment.put(augment.rotation(np.full(n, angle)), images.device)
+        return F.affine_grid(F.pad(linear, (0, 1)), images.shape, align_corners=False)                 # (n, S, S, 2)
+
     n, _, side, _ = images.shape
     total = torch.zeros(n, 3, side, side, device=images.device)
     for angle in np.radians(np.linspace(-30, 30, views) if views > 1 else np.zeros(1)):
-        there, back = (augment.put(augment.rotation(np.full(n, a)), images.device) for a in (angle, -angle))
-        there, back = (F.affine_grid(F.pad(a, (0, 1)), images.shape, align_corners=False) for a in (there, back))
-        seen = augment.warp(images, there) if angle else images
+        seen = augment.warp(images, turned(angle)) if angle else images
+        volume = seen[:, 0].cpu().numpy()
         for net, inference in nets:
-            volume = seen[:, 0].cpu().numpy()
-            probs = segment_volume(net, volume, **inference, return_probs=True)[1]                       # (n, C, S, S)
+            probs = segment_volume(net, volume, **inference, return_probs=True)[1]                     # (n, C, S, S)
             heart = torch.from_numpy(probs[:, 1:]).to(images.device)
-            total += augment.warp(heart, back, outside="zeros") if angle else heart
+            total += augment.warp(heart, turned(-angle), outside="zeros") if angle else heart
     return (total / (views * len(nets)) * 255).round().to(torch.uint8)
