@@ -11,8 +11,8 @@
        theta_c <- ema * theta_c + (1 - ema) * theta_s        after every step, batch-norm statistics too
     With --teacher-along (--preset paper) there is stage 3 alone, and T trains in every step.
 
-Zhao, Zhu, Zeng, Veeravalli, Guan: "ACT-Net: Asymmetric Co-Teacher Network for Semi-supervised Memory-efficient Medical
-Image Segmentation", ICIP 2022, arXiv 2207.01900. Where this script departs from it: README, "Deviations".
+Zhao, Zhu, Zeng, Veeravalli, Guan: "ACT-Net: Asymmetric Co-Teacher Network for Semi-supervised Memory-efficient
+Medical Image Segmentation", ICIP 2022, arXiv 2207.01900. Where this script departs from it: README, "Deviations".
 
     python train_actnet.py --demo                              # synthetic hearts, minutes on a laptop
     python train_actnet.py --labeled 7 --gpu 0                 # ACDC prepared by data_prep.py in data/ACDC
@@ -22,7 +22,6 @@ Image Segmentation", ICIP 2022, arXiv 2207.01900. Where this script departs from
 """
 import argparse
 import csv
-import hashlib
 import json
 import math
 import os
@@ -39,8 +38,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-if __name__ == "__main__":     # before torch starts its threads: one that spins while it waits takes the core of those
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")       # that it waits for, where other work runs beside
+if __name__ == "__main__":      # before torch starts its threads: long spinning would keep a core from other work
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
@@ -58,7 +57,7 @@ from distributed import gather, own_rows, world
 from kernels.dice_ce import dice_ce
 from kernels.student_loss import student_loss
 from models import UNet, count_parameters, load_checkpoint, load_model, pick_device, save_checkpoint
-from slices import Slices, ask
+from slices import Slices, fingerprint, load_teacher, read_val
 
 
 def flag(key):
@@ -131,7 +130,8 @@ class Config:
         if self.teacher_ckpt and self.teacher_along:
             raise DataError("--teacher-ckpt and --teacher-along: give one of them")
         if self.rounds > 1 and (self.method != "act" or self.teacher_along):
-            raise DataError(f"--rounds {self.rounds}: a co-teacher answers anew, with --method act and cached answers")
+            raise DataError(f"--rounds {self.rounds}: a co-teacher answers anew, with --method act and cached "
+                            "answers")
         for key in ("student", "teacher"):
             depth, base = getattr(self, key)
             if depth > 12 or base * 2**(depth - 1) > 4096:
@@ -139,32 +139,30 @@ class Config:
 
 
 def check_value(f, value):
-    """A field of Config and a value for it: DataError where it is of another kind or out of bounds."""
+    """DataError where a value for a field of Config is of another kind than its default, or out of bounds."""
     parts = value if isinstance(value, tuple) else (value,)
-    kinds = f.default if isinstance(f.default, tuple) else (f.default,)
+    usual = f.default if isinstance(f.default, tuple) else (f.default,)
     if f.default == ():                                                                      # any number of names
-        kinds = ("",) * len(parts)
-    shown = " ".join(map(str, parts))
-    if type(value) is not type(f.default) or [type(v) for v in parts] != [type(v) for v in kinds]:
-        raise DataError(f"{flag(f.name)} {shown!r}: not of the kind of {f.default!r}")
-    if f.metadata["choices"] and value not in f.metadata["choices"]:
-        raise DataError(f"{flag(f.name)} {shown!r}: choose from {', '.join(f.metadata['choices'])}")
-    low, high = f.metadata["low"], f.metadata["high"]
-    if parts and type(parts[0]) in (int, float) and not all(low <= v <= high for v in parts):           # NaN fails too
-        raise DataError(f"{flag(f.name)} {shown}: must lie between {low} and {high}")
+        usual = ("",) * len(parts)
+    option, shown, bounds = flag(f.name), " ".join(map(str, parts)), f.metadata
+    if type(value) is not type(f.default) or [type(v) for v in parts] != [type(v) for v in usual]:
+        raise DataError(f"{option} {shown!r}: not of the kind of {f.default!r}")
+    if bounds["choices"] and value not in bounds["choices"]:
+        raise DataError(f"{option} {shown!r}: choose from {', '.join(bounds['choices'])}")
+    if not all(bounds["low"] <= v <= bounds["high"] for v in parts if type(v) in (int, float)):        # NaN fails too
+        raise DataError(f"{option} {shown}: must lie between {bounds['low']} and {bounds['high']}")
 
 
 PRESETS = {
-    "paper": dict(view="whole", size=256, batch=24, labeled_batch=12, iters=30000, optimizer="sgd", lr=0.01, ramp=0.2,
-                  dice="squared", distill="mse", tau=20.0, consistency="mse", cutmix=0.0, intensity=0.3,
-                  teacher_along=True),
+    "paper": dict(view="whole", size=256, optimizer="sgd", lr=0.01, ramp=0.2, dice="squared", distill="mse", tau=20.0,
+                  consistency="mse", cutmix=0.0, intensity=0.3, teacher_along=True),
     "cpu": dict(size=128, batch=16, labeled_batch=4, sup_batch=8, iters=21000, stages=(4000, 15000, 2000),
-                teacher=(5, 16), val_every=500, log_every=20),
+                teacher=(5, 16)),
     "demo": dict(data="data/phantom", labeled=3, size=96, batch=8, labeled_batch=4, sup_batch=8, iters=600,
                  stages=(150, 150, 300), teacher=(4, 12), student=(4, 8), views=3, lr=0.01, ema=0.95, val_every=150,
                  log_every=10),
 }
-MAY_CHANGE = {"iters", "minutes", "save_minutes", "gpu", "cpu", "out", "data", "table"}          # on --resume
+MAY_CHANGE = {"iters", "minutes", "save_minutes", "gpu", "cpu", "data", "table"}                        # on --resume
 
 
 def shape_of(cfg):
@@ -176,18 +174,23 @@ class Stage(NamedTuple):
     number: int               # 1 teacher, 2 student, 3 co-teaching
     start: int                # step of the run at which it begins
     steps: int
+    n_rounds: int = 1
+    answers: bool = False     # asked of the teachers before each round
 
     @property
     def end(self):
         return self.start + self.steps
 
-
-STAGES = dict(sup=(0, 1, 0), mt=(0, 1, 1), kd=(1, 1, 1), act=(1, 1, 1))            # teacher, student, co-teaching
+    @property
+    def rounds(self):
+        """[(first step, step after the last)]"""
+        return list(pairwise(self.start + self.steps * i // self.n_rounds for i in range(self.n_rounds + 1)))
 
 
 def count_steps(cfg):
     """--iters and --stages -> the steps of teacher, student and co-teaching; 0 where the run leaves one out."""
-    parts = [part * wanted for part, wanted in zip(cfg.stages, STAGES[cfg.method], strict=True)]
+    present = dict(sup=(0, 1, 0), mt=(0, 1, 1), kd=(1, 1, 1), act=(1, 1, 1))[cfg.method]
+    parts = [part * there for part, there in zip(cfg.stages, present, strict=True)]
     if cfg.teacher_ckpt:
         parts[0] = 0
     if cfg.init and cfg.method != "sup":
@@ -197,26 +200,19 @@ def count_steps(cfg):
     if not any(parts[1:]):                                  # of the stages that are left only one can be meant
         parts = [0, 1, 0] if cfg.method == "sup" else [parts[0], 0, 1]
     steps = [max(1, cfg.iters * part // sum(parts)) if part else 0 for part in parts]
-    steps[steps.index(max(steps))] += cfg.iters - sum(steps)                    # what rounding left, or took too much
+    steps[steps.index(max(steps))] += cfg.iters - sum(steps)                                  # rounding, either way
     if any(part and n < 1 for part, n in zip(parts, steps, strict=True)):
         raise DataError(f"--iters {cfg.iters}: fewer than one step for each of the stages")
     return tuple(steps)
 
 
-def wants_answers(cfg, stage):
-    return stage.number == 3 and cfg.method in ("kd", "act") and not cfg.teacher_along
-
-
-def list_rounds(cfg, stage):
-    """-> (first step, step after the last) of each of the stage's rounds."""
-    rounds = cfg.rounds if stage.number == 3 else 1
-    return list(pairwise(stage.start + stage.steps * i // rounds for i in range(rounds + 1)))
-
-
 def list_stages(cfg):
     """-> the stages of a run whose --stages are steps, in order."""
-    starts = (0, cfg.stages[0], cfg.stages[0] + cfg.stages[1])
-    return [Stage(i + 1, starts[i], n) for i, n in enumerate(cfg.stages) if n]
+    teacher, student, coteaching = cfg.stages
+    answers = cfg.method in ("kd", "act") and not cfg.teacher_along
+    stages = (Stage(1, 0, teacher), Stage(2, teacher, student),
+              Stage(3, teacher + student, coteaching, cfg.rounds, answers))
+    return [stage for stage in stages if stage.steps]
 
 
 # ------------------------------------------------------------------------------------------------------------- step
@@ -239,18 +235,17 @@ class ActNet:
         dtype = dict(fp16=torch.float16, bf16=torch.bfloat16).get(self.precision)
         self.autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-        if "coteacher" in nets:                                            # batch norm's counters are copied
-            def tensors(name, real):
-                return [v for v in nets[name].state_dict().values() if v.is_floating_point() == real]
-            self.averaged = tensors("coteacher", True), tensors(self.learner, True)
-            self.copied = tensors("coteacher", False), tensors(self.learner, False)
+        if "coteacher" in nets:
+            pair = [list(nets[name].state_dict().values()) for name in ("coteacher", self.learner)]
+            self.averaged = [[v for v in state if v.is_floating_point()] for state in pair]
+            self.copied = [[v for v in state if not v.is_floating_point()] for state in pair]             # counters
         trained = [self.learner] + ["teacher"] * self.along
         parameters = [p for name in trained for p in nets[name].parameters()]
         if cfg.optimizer == "adamw":
             self.optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=0.05, fused=True)
         else:
             self.optimizer = torch.optim.SGD(parameters, lr=cfg.lr, momentum=0.9, weight_decay=1e-4, fused=True)
-            for p in parameters:                           # torch's own would hold anything after a skipped first step
+            for p in parameters:                          # torch's own would hold anything after a skipped first step
                 self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
         self.wrapped = dict(nets)                                               # what a step calls
         if cfg.compile:                                       # static: the networks differ in their number of rows
@@ -262,20 +257,23 @@ class ActNet:
         """One step on a batch of Slices -> TERMS (6,) float on the device. Waits for nothing; `mark` is told when a
         part's work has been issued."""
         cfg, n_labeled, local = self.cfg, len(y), step - self.stage.start
-        scaled, pseudo, coteacher = self.scaler.is_enabled(), cfg.consistency == "pseudo", self.wrapped.get("coteacher")
+        coteacher, pseudo = self.wrapped.get("coteacher"), cfg.consistency == "pseudo"
         for group in self.optimizer.param_groups:
             group["lr"] = cfg.lr * max(0, 1 - local / self.stage.steps) ** 0.9
         ramp = math.exp(-5 * (1 - min(1, local / max(1, cfg.ramp * self.stage.steps))) ** 2) if cfg.ramp else 1.0
 
-        # One geometry for all networks, an intensity of its own for each: the students of this game see hard pictures,
-        # those who answer see mild ones. Of several processes each takes every world-th row.
-        asked = len(x) if coteacher is None else n_labeled * pseudo          # hard labels only where there are none
-        views = [x, x[asked:]] + [x[:n_labeled], x[n_labeled:]] * self.along
-        sizes = [len(view) for view in views]
-        strength = cfg.intensity * np.repeat((1.0, 0.25, 1.0, 0.25)[:len(views)], sizes)
-        seen = augment.perturb(torch.cat(views), rng, self.noise, strength).split(sizes)
+        # One geometry for all networks, an intensity of its own for each: hard pictures for those who learn, mild
+        # ones for those who answer. Of several processes each takes every world-th row.
+        asked = x[n_labeled:] if pseudo else x                               # hard labels only where there are none
+        if coteacher is None:
+            asked = x[:0]
+        hard, mild = cfg.intensity, cfg.intensity / 4
+        views = [(x, hard), (asked, mild)]
+        if self.along:
+            views += [(x[:n_labeled], hard), (x[n_labeled:], mild)]
+        x_s, x_c, *x_t = augment.perturb_each(views, rng, self.noise)
         boxes = augment.boxes(len(x) - n_labeled, cfg.size, cfg.cutmix, rng, self.device)
-        x_s, x_c, *x_t = map(own_rows, (augment.mix(seen[0], boxes), *seen[1:]))
+        x_s, x_c, *x_t = map(own_rows, (augment.mix(x_s, boxes), x_c, *x_t))
         mark("data")
 
         c, t_seg, t = None, None, answers
@@ -288,29 +286,31 @@ class ActNet:
             mark("coteacher")
             if self.along:
                 t_seg, t = self.teach(*x_t)
-            t = augment.mix(t, boxes) if t is not None else None
+            if t is not None:
+                t = augment.mix(t, boxes)
         mark("teacher")
 
         dice_kind = dict(squared=cfg.dice == "squared", include_background=cfg.dice == "squared")
         w_kd, w_co = ramp * cfg.lambda_kd, ramp * cfg.lambda_co
+        expected = None if self.scaler.is_enabled() else (1.0, 1.0, w_kd, w_co)
         dice, ce, kd, co = student_loss(s, y, t, None if pseudo else c, tau=cfg.tau, distill=cfg.distill,
-                                        expected_grads=None if scaled else (1.0, 1.0, w_kd, w_co), **dice_kind)
+                                        expected_grads=expected, **dice_kind)
         if c is not None and pseudo:
-            said = [c] if answers is None else [c, t[n_labeled:]]                # a teacher trained along lags behind c
-            sure, hard = torch.stack([a.float().softmax(1) for a in said]).mean(0).max(1)        # (B - L, H, W)
-            co = sum(dice_ce(s[n_labeled:], hard.masked_fill(sure < cfg.confidence, -100), **dice_kind), co)
+            said = [c] if answers is None else [c, t[n_labeled:]]               # a teacher along lags behind c
+            sure, labels = torch.stack([a.float().softmax(1) for a in said]).mean(0).max(1)      # (B - L, S, S)
+            co = sum(dice_ce(s[n_labeled:], labels.masked_fill(sure < cfg.confidence, -100), **dice_kind), co)
         loss = dice + ce + w_kd * kd + w_co * co                                                       # L_stu
         teacher_seg = sum(dice_ce(t_seg, y, **dice_kind)) if self.along else s.new_zeros(())           # its own L_seg
         mark("loss")
 
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss + teacher_seg if self.along else loss).backward()
+        total = loss + teacher_seg if self.along else loss
+        self.scaler.scale(total).backward()
         mark("backward")
         self.scaler.step(self.optimizer)                       # fp16: leaves the weights where a gradient is infinite
         self.scaler.update()
         mark("optimizer")
-        if coteacher is not None:                      # a plain mean of the first steps, then the moving average;
-            # a step that was skipped counts like one of rate 0: to leave it out would want its own kernels
+        if coteacher is not None:      # a mean of the first steps, then the moving average; skipped steps count too
             get_ema_multi_avg_fn(min(cfg.ema, local / (local + 1)))(*self.averaged, None)
             torch._foreach_copy_(*self.copied)
         mark("ema")
@@ -333,24 +333,6 @@ class ActNet:
 COLUMNS = ("step", "stage", "seconds", "lr", "slices_per_s", *TERMS, "val_teacher", "val_student", "val_coteacher")
 
 
-def fingerprint(root):
-    """SHA-256 of the slices and volumes that a run reads: another set would silently be another run."""
-    sha = hashlib.sha256()
-    for split, pattern in (("train_slices", data_prep.SLICE), ("val", data_prep.VOLUME)):
-        for name in data_prep.read_list(root, split, pattern):
-            sha.update(name.encode() + data_prep.h5_path(root, name).read_bytes())
-    return sha.hexdigest()
-
-
-def read_val(root):
-    """The volumes that choose the checkpoint, all with labels."""
-    volumes = [data_prep.read_volume(root, name) for name in data_prep.read_list(root, "val")]
-    data_prep.require(volumes, f"{root}/val.list", "empty, and the best checkpoint is chosen on val")
-    for v in volumes:
-        data_prep.require(v.label is not None, root, f"{v.name} of val.list holds no label")
-    return volumes
-
-
 def prepare(cfg, threads=None):
     """The checks of a run before anything is written -> its device and slices; `threads`: of a resumed run."""
     gpu = None if cfg.cpu else distributed.local_gpu()
@@ -358,11 +340,9 @@ def prepare(cfg, threads=None):
         gpu = cfg.gpu
     device = pick_device(gpu, cfg.cpu, threads)
     if device.type == "cuda":
-        torch.cuda.set_device(device)                       # what has no tensor to go by: events, pinned memory, bf16?
-    stages = list_stages(cfg)
-    trained = {cfg.network} if stages[-1].number > 1 else set()
-    trained |= {"teacher"} if stages[0].number == 1 or cfg.teacher_along else set()
-    for key in sorted(trained):
+        torch.cuda.set_device(device)                      # what has no tensor to go by: events, pinned memory, bf16?
+    teacher = cfg.stages[0] or cfg.teacher_along
+    for key in sorted({cfg.network, "teacher"} if teacher else {cfg.network}):
         depth, base = getattr(cfg, key)
         if cfg.size < 2**depth:                                 # batch norm would meet a single pixel
             raise DataError(f"--{key} {depth} {base}: needs --size {2**depth} at least, not {cfg.size}")
@@ -377,30 +357,6 @@ def prepare(cfg, threads=None):
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False          # NaN into each empty tensor: time only
     return device, Slices(cfg, device)
-
-
-def load_teacher(path, cfg):
-    """-> (network, its inference settings), frozen. DataError where it is no teacher, or answers other questions."""
-    net, checkpoint = load_model(path)
-    config = checkpoint.get("config")
-    trained = config.get("network") if isinstance(config, dict) else "teacher"
-    if checkpoint["better"] != "teacher" and trained != "teacher":
-        raise DataError(f"--teacher-ckpt {path}: holds the student of its run, not a teacher; train one with "
-                        "--network teacher --method sup")
-    for key, wanted in (("in_channels", 1), ("num_classes", len(data_prep.CLASSES) + 1)):
-        if net.architecture[key] != wanted:
-            raise DataError(f"--teacher-ckpt {path}: {key} {net.architecture[key]}, the student's is {wanted}")
-    if not all(v.isfinite().all() for v in net.state_dict().values()):
-        raise DataError(f"--teacher-ckpt {path}: its weights are not finite")
-    inference = {key: checkpoint["inference"][key] for key in ("size", "view")}
-    if inference["view"] != cfg.view:
-        raise DataError(f"--teacher-ckpt {path}: looks at the {inference['view']}, the run at the {cfg.view} (--view)")
-    return net.requires_grad_(False), inference
-
-
-def teacher_files(cfg):
-    """The names of the teachers in the run's folder: the one of stage 1, or copies of --teacher-ckpt."""
-    return ["teacher.pt", *(f"teacher-{i}.pt" for i in range(2, len(cfg.teacher_ckpt) + 1))]
 
 
 def describe_commit():
@@ -423,13 +379,13 @@ def append_row(path, row):
 
 def keep_log_until(path, step):
     """Drop the rows past the checkpoint that the run resumes from, and whatever is not a row."""
-    def whole(row):
+    kept = [",".join(COLUMNS)]
+    for row in path.read_text(errors="replace").splitlines() if path.exists() else ():
         with suppress(ValueError):
             values = [float(v or 0) for v in row.split(",")]
-            return len(values) == len(COLUMNS) and values[0] <= step
-
-    rows = path.read_text(errors="replace").splitlines() if path.exists() else []
-    data_prep.write_atomic(path, "\n".join([",".join(COLUMNS), *filter(whole, rows), ""]).encode())
+            if len(values) == len(COLUMNS) and values[0] <= step:
+                kept.append(row)
+    data_prep.write_atomic(path, "\n".join([*kept, ""]).encode())
 
 
 @contextmanager
@@ -442,56 +398,61 @@ def heed_signals():
             raise KeyboardInterrupt
         asked.append(signal.Signals(number).name)
 
-    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with ExitStack() as restored:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            restored.callback(signal.signal, number, signal.signal(number, on_signal))
         yield asked
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 class Run:
     """What the stages of a run share: slices and val, the clock, the best on val, and the folder, which receives
 
-        config.json, start.pt (--init), teacher*.pt (--teacher-ckpt)      before the first step
-        log.csv                                                           every --log-every steps
-        teacher.pt in stage 1, then best.pt                               at a validation that is better
-        last.pt, the one before it as previous.pt; curves.png             a stage's end, a stop, a minute after the last
-        start.pt; renewal-STEP.pt                                         as stage 3 begins; as its next round begins
-        student.pt, summary.json, a row of --table                        at the end
+        config.json, start.pt (--init), teacher*.pt (--teacher-ckpt)    before the first step
+        log.csv                                                         every --log-every steps
+        teacher.pt in stage 1, then best.pt                             at a validation that is better
+        last.pt, the one before it as previous.pt; curves.png           a stage's end, a stop, a minute after the last
+        start.pt; renewal-STEP.pt                                       as stage 3 begins; as its next round begins
+        student.pt, summary.json, a row of --table                      at the end
     """
 
     def __init__(self, cfg, resume):
         self.cfg, self.resume, self.folder, self.main = cfg, resume, Path(cfg.out), world()[0] == 0
         self.stages, self.resumed = list_stages(cfg), resume is not None
         self.device, self.slices = prepare(cfg, resume.get("threads") if resume else None)
-        self.volumes = read_val(cfg.data)
-        # A little more than was trained on: enough to hold every heart but the largest; far more costs a point of Dice.
+        self.volumes, self.digest = read_val(cfg.data), fingerprint(cfg.data)
+        # In the folder: the teacher of stage 1, or copies of --teacher-ckpt.
+        self.teachers = ["teacher.pt", *(f"teacher-{i}.pt" for i in range(2, len(cfg.teacher_ckpt) + 1))]
+        if resume and resume.get("data") != self.digest:
+            raise DataError(f"--data {cfg.data}: not the slices and volumes that {cfg.out} began with; give those")
+        # A little more than was trained on: holds every heart but the largest; far more costs a point of Dice.
         self.inference = dict(view=cfg.view, size=cfg.size * 9 // 8 if cfg.view == "heart" else cfg.size)
-        self.digest = fingerprint(cfg.data)
-        self.done, self.seconds, self.best = 0, 0.0, {}            # best: of "teacher" and of the learner, as kept
-        if resume:
-            self.done, self.seconds, self.best = resume["step"], resume["seconds"], resume["best"]
-            if self.done > cfg.iters or (self.done == cfg.iters and (self.folder / "summary.json").exists()):
-                raise DataError(f"--resume {cfg.out}: is at step {self.done}; a larger --iters goes on")
-            if resume.get("data") != self.digest:
-                raise DataError(f"--data {cfg.data}: not the slices and volumes that {cfg.out} began with; give those")
+        # FLOP of the teachers' answer about one slice, near enough.
+        self.answer_cost = cfg.views * len(self.teachers) * slice_cost(cfg.teacher, cfg.size * 9 // 8)
+        state = resume or dict(step=0, seconds=0.0, best={}, scores={})
+        self.start_step = self.done = state["step"]
+        self.seconds = state["seconds"]
+        self.best = state["best"]                                        # of "teacher" and of the learner, as kept
+        self.scores = state["scores"]                                    # of the last validation
         self.began = self.saved = time.perf_counter()
-        self.start_step, self.bar, self.asked = self.done, None, []
-        self.scores = resume["scores"] if resume else {}                            # of the last validation
-        todo = [stage for stage in self.stages if self.done < stage.end]
-        self.entered = self.enter(todo[0]) if resume and todo else None    # a state that does not fit is refused before
-        self.about = self.describe()                                       # anything is written
-        if not resume:
-            if cfg.precision == "bf16" and not models.bf16_pays(self.device):
-                raise DataError(f"--precision bf16: this device only emulates it; "
-                                f"{models.fast_precision(self.device)} is what --precision auto takes here")
-            for path in cfg.teacher_ckpt:
-                load_teacher(path, cfg)
-            if cfg.init:
-                self.load_learner(cfg.init)
+        self.bar, self.asked, self.entered = None, [], None              # entered: the ActNet of a resumed stage
+        if resume:                                # a state that does not fit is refused before anything is written
+            self.entered = next((self.enter(stage) for stage in self.stages if self.done < stage.end), None)
+        else:
+            self.check_start()
+        self.total = self.cost(cfg.iters)
         if self.main:
             self.open_folder()
+
+    def check_start(self):
+        """Whether the device and the checkpoints given suit a run that begins."""
+        cfg = self.cfg
+        if cfg.precision == "bf16" and not models.bf16_pays(self.device):
+            raise DataError(f"--precision bf16: this device only emulates it; "
+                            f"{models.fast_precision(self.device)} is what --precision auto takes here")
+        for path in cfg.teacher_ckpt:
+            load_teacher(path, cfg)
+        if cfg.init:
+            self.load_learner(cfg.init)
 
     def load_learner(self, path):
         """-> the weights of a checkpoint that the learner goes on from."""
@@ -509,22 +470,24 @@ class Run:
             device=models.describe_device(self.device),
             versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
                           triton=getattr(sys.modules.get("triton"), "__version__", "")),
-            labeled_patients=self.slices.patients, labeled_slices=self.slices.n_labeled, slices=len(self.slices.names))
+            labeled_patients=self.slices.patients, labeled_slices=self.slices.n_labeled,
+            slices=len(self.slices.names))
         if self.resumed:
-            with suppress(OSError, ValueError, KeyError, TypeError):                        # damaged: the resume alone
+            with suppress(OSError, ValueError, KeyError, TypeError):                       # damaged: the resume alone
                 first = json.loads((self.folder / "config.json").read_bytes())["command"]
                 about["command"] = f"{first} && {about['command']}"
         return about
 
     def open_folder(self):
-        cfg = self.cfg
-        if not self.resumed:                                             # copies: a resumed run needs no other file
-            (self.folder / "start.pt").unlink(missing_ok=True)           # of a run that died before it had a checkpoint
+        cfg, self.about = self.cfg, self.describe()
+        if not self.resumed:                                           # copies: a resumed run needs no other file
+            (self.folder / "start.pt").unlink(missing_ok=True)         # of a run that died before it had a checkpoint
             data_prep.write_atomic(self.folder / "config.json", (json.dumps(self.about, indent=1) + "\n").encode())
-            for name, path in zip(teacher_files(cfg), cfg.teacher_ckpt, strict=False):
-                data_prep.write_atomic(self.folder / name, Path(path).read_bytes())
+            copies = dict(zip(self.teachers, cfg.teacher_ckpt, strict=False))
             if cfg.init:
-                data_prep.write_atomic(self.folder / "start.pt", Path(cfg.init).read_bytes())
+                copies["start.pt"] = cfg.init
+            for name, path in copies.items():
+                data_prep.write_atomic(self.folder / name, Path(path).read_bytes())
         (self.folder / "summary.json").unlink(missing_ok=True)
         keep_log_until(self.folder / "log.csv", self.done)
         names = {1: "teacher", 2: cfg.network, 3: "co-teaching"}
@@ -552,29 +515,27 @@ class Run:
         return nets
 
     def enter(self, stage):
-        """-> the stage's ActNet, as the run's step left it or as the stage begins: stage 3 from stage 2's best on val,
-        which is kept apart, since stage 3 finds better ones."""
+        """-> the stage's ActNet, as the run's step left it or as the stage begins: stage 3 from stage 2's best on
+        val, which is kept apart, since stage 3 finds better ones."""
         start = self.folder / "start.pt"
         follows = stage.number == 3 and any(s.number == 2 for s in self.stages)
         if self.main and follows and not start.exists():
             data_prep.write_atomic(start, (self.folder / "best.pt").read_bytes())
         distributed.barrier()                                                # what the first process wrote is there
-        nets = self.networks(stage)
-        actnet = ActNet(self.cfg, self.device, stage, nets, self.slices.noise)
+        actnet = ActNet(self.cfg, self.device, stage, self.networks(stage), self.slices.noise)
         if self.resume and self.done > stage.start:
-            models.restore(self.resume, nets, actnet.optimizer, self.cfg.out, actnet.scaler)
+            models.restore(self.resume, actnet.nets, actnet.optimizer, self.cfg.out, actnet.scaler)
         self.resume = None                                                                # gigabytes, perhaps
         return actnet
 
     def learn(self, stage):
         """The steps of a stage, from the run's step on. Returns whether it came to its end."""
-        actnet = self.entered or self.enter(stage)
-        self.entered = None
+        actnet, self.entered = self.entered or self.enter(stage), None
         self.slices.begin(stage)
-        for begin, end in list_rounds(self.cfg, stage):
+        for begin, end in stage.rounds:
             if self.done >= end:
                 continue
-            if wants_answers(self.cfg, stage) and not self.collect_answers(actnet, begin):
+            if stage.answers and not self.collect_answers(actnet, begin):
                 return False
             if not self.train_until(actnet, end):
                 return False
@@ -582,11 +543,11 @@ class Run:
 
     def collect_answers(self, actnet, begin):
         """Ask the teachers, from the second round on with the co-teacher, about every slice. Returns False where the
-        run was asked to stop (Ctrl-C, --minutes): what was asked is asked again, the last checkpoint holds the rest."""
+        run was asked to stop: what was asked is asked again, the last checkpoint holds the rest."""
         cfg, slices, renewal = self.cfg, self.slices, self.folder / f"renewal-{begin}.pt"
         if self.main and self.done == 0:
             self.save(actnet)                                                     # so that a run stopped here goes on
-        nets = [load_teacher(self.folder / name, cfg) for name in teacher_files(cfg)]
+        nets = [load_teacher(self.folder / name, cfg) for name in self.teachers]
         if begin > actnet.stage.start:
             if self.main and (self.done == begin or not renewal.exists()):
                 save_checkpoint(renewal, self.content({"coteacher": actnet.nets["coteacher"]}))
@@ -594,16 +555,13 @@ class Run:
             nets.append((load_model(renewal)[0], self.inference))
         nets = [(n.to(self.device, memory_format=torch.channels_last), inference) for n, inference in nets]
         slices.keep_answers(self.folder)
-        cost = answer_cost(cfg)
-        for i in range(0, len(slices.names), 16):
+        for first in range(0, len(slices.names), 16):
             if self.stopping():
                 return False
-            index = range(i, min(i + 16, len(slices.names)))
-            images = slices.read(index)[0] if slices.cache == "disk" else slices.images[i:i + 16]
+            index = range(first, min(first + 16, len(slices.names)))
             with actnet.autocast:
-                answers = ask(nets, images.to(self.device).float(), cfg.views)
-            slices.answers[i:i + 16] = answers.to(slices.answers.device)
-            self.bar.update(len(index) * cost)
+                slices.answer(nets, index)
+            self.bar.update(len(index) * self.answer_cost)
             self.bar.set_postfix_str(f"answers {index.stop} of {len(slices.names)}")
         return True
 
@@ -620,26 +578,26 @@ class Run:
             history.append(actnet.step(step, *batch))
             self.done = step + 1
             self.bar.update(cost)
-            self.estimate()
-            due = self.done % cfg.log_every == 0 or self.done % cfg.val_every == 0 or self.done == end
-            if len(history) % 20 == 0 and not due:                   # found at most 20 steps late; due: looked at below
+            if self.done == self.start_step + 8:
+                self.estimate()
+            validates = self.done % cfg.val_every == 0 or self.done == end
+            due = validates or self.done % cfg.log_every == 0
+            if len(history) % 20 == 0 and not due:                                    # found at most 20 steps late
                 self.finite(actnet, history)
             stop = self.stopping() if alone or due else False
             if not (due or stop):
                 continue
+            late = time.perf_counter() - self.saved > 60 * cfg.save_minutes
+            saves = self.done == end or stop or (validates and late)
 
             # Everything below waits for the device; above only the look at the terms, every 20 steps, does.
-            terms, history = self.finite(actnet, history), []
+            terms, history = self.finite(actnet, history, weights=saves or validates), []
             seconds = time.perf_counter() - marked[1]
             self.seconds += seconds
             slices = (self.done - marked[0]) * (cfg.sup_batch if stage.number < 3 else cfg.batch)
             row = dict(zip(TERMS, terms.mean(0).round(6), strict=True), step=self.done, stage=stage.number,
                        seconds=round(self.seconds, 1), lr=round(actnet.optimizer.param_groups[0]["lr"], 8),
                        slices_per_s=round(slices / seconds, 1))
-            validates = self.done % cfg.val_every == 0 or self.done == end
-            saves = self.done == end or stop or (validates and time.perf_counter() - self.saved > 60 * cfg.save_minutes)
-            if saves or validates:
-                self.refuse_infinite(actnet, step)
             if self.main:
                 if validates:
                     row |= self.validate(actnet)
@@ -655,20 +613,19 @@ class Run:
 
     # ---- looking at it
 
-    def finite(self, actnet, history):
-        """The last steps' terms (steps, 6), of which none is NaN or infinite. Waits for the device."""
+    def finite(self, actnet, history, weights=False):
+        """The last steps' terms (steps, 6), of which none is NaN or infinite, nor, if asked, one of the weights: a
+        loss may be finite and its gradient not. Waits for the device."""
         terms = torch.stack(history).cpu().numpy()
         for i in np.flatnonzero(~np.isfinite(terms).all(1))[:1]:
             said = ", ".join(f"{k} {v:.3g}" for k, v in zip(TERMS, terms[i], strict=True))
             self.refuse(self.done - len(terms) + int(i), said)
         if actnet.scaler.get_scale() < 1:                                 # halved by each skipped step, from 65536 on
             self.refuse(self.done - 1, "fp16: steps are skipped, their gradients infinite at any scale of the loss")
-        return terms
-
-    def refuse_infinite(self, actnet, step):
-        for name, network in actnet.nets.items():                     # a loss may be finite and its gradient not
+        for name, network in actnet.nets.items() if weights else ():
             if not all(v.isfinite().all() for v in network.state_dict().values()):
-                self.refuse(step, f"the {name}'s weights are no longer finite")
+                self.refuse(self.done - 1, f"the {name}'s weights are no longer finite")
+        return terms
 
     def refuse(self, step, problem):
         names = " ".join(self.slices.names[i] for i in self.slices.indices(step)[0])
@@ -677,7 +634,7 @@ class Run:
 
     def estimate(self):
         """On a CPU: how long it will take, before the wait begins."""
-        if self.device.type != "cpu" or self.done != self.start_step + 8 or not self.main:
+        if self.device.type != "cpu" or not self.main:
             return
         left = (self.bar.total - self.bar.n) / (self.bar.n - self.bar.initial)
         minutes = left * (time.perf_counter() - self.began) / 60
@@ -692,21 +649,20 @@ class Run:
 
     def validate(self, actnet):
         """Score the stage's networks on val, keep the best -> the row's columns."""
-        names = [name for name in actnet.nets if name != "teacher" or not actnet.along]
-        told = names + ["teacher"] * (actnet.along and self.done == self.cfg.iters)       # at the end, never kept
+        kept = {name: net for name, net in actnet.nets.items() if not (name == "teacher" and actnet.along)}
+        asked = actnet.nets if self.done == self.cfg.iters else kept      # a teacher along: told of at the end
         searches, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # not for val's shapes
-        self.scores = {name: evaluate.validate(actnet.nets[name], self.volumes, self.inference) for name in told}
+        self.scores = {name: evaluate.validate(net, self.volumes, self.inference) for name, net in asked.items()}
         torch.backends.cudnn.benchmark = searches
-        better = max(names, key=lambda name: np.mean(self.scores[name]["dice"]))
-        score = float(np.mean(self.scores[better]["dice"]))
-        if score > self.best.get(actnet.learner, {}).get("score", -1.0):
-            best = dict(step=self.done, score=score, better=better, scores={name: self.scores[name] for name in names})
-            self.best[actnet.learner] = best
-            file = "teacher.pt" if actnet.stage.number == 1 else "best.pt"
-            save_checkpoint(self.folder / file, self.content({name: actnet.nets[name] for name in names}) | dict(
-                better=better, val={name: self.scores[name]["dice"] for name in names},
-                entropy=self.scores[better]["entropy"]))
-        return {f"val_{name}": round(float(np.mean(self.scores[name]["dice"])), 5) for name in names}
+        means = {name: float(np.mean(self.scores[name]["dice"])) for name in kept}
+        better = max(means, key=means.get)
+        if means[better] > self.best.get(actnet.learner, {}).get("score", -1.0):
+            scores = {name: self.scores[name] for name in kept}
+            self.best[actnet.learner] = dict(step=self.done, score=means[better], better=better, scores=scores)
+            content = self.content(kept) | dict(
+                better=better, val={name: s["dice"] for name, s in scores.items()}, entropy=scores[better]["entropy"])
+            save_checkpoint(self.folder / ("teacher.pt" if actnet.stage.number == 1 else "best.pt"), content)
+        return {f"val_{name}": round(score, 5) for name, score in means.items()}
 
     def content(self, nets):
         """What every checkpoint of the run holds."""
@@ -742,16 +698,25 @@ class Run:
 
     def table_row(self, name, when, step, scores):
         """A row of --table: val scores of one network."""
-        cfg, about = self.cfg, self.about
-        columns = {f"{metric}_{c}": round(float(v), 4) for metric, values in
-                   (("dice", scores["dice"]), ("hd95", scores["hd95_voxel"]))
-                   for c, v in zip((*data_prep.CLASSES, "mean"), (*values, np.mean(values)), strict=True)}
+        cfg, about, columns = self.cfg, self.about, {}
+        for metric, values in (("dice", scores["dice"]), ("hd95", scores["hd95_voxel"])):
+            for c, v in zip((*data_prep.CLASSES, "mean"), (*values, np.mean(values)), strict=True):
+                columns[f"{metric}_{c}"] = round(float(v), 4)
         with torch.device("meta"):
             parameters = count_parameters(UNet(*(cfg.teacher if name == "teacher" else shape_of(cfg))))
         return dict(date=time.strftime("%Y-%m-%d"), commit=about["commit"], device=about["device"],
-                    seconds=round(self.seconds, 1), seed=cfg.seed, labeled=cfg.labeled, method=cfg.method, network=name,
-                    parameters=parameters, when=when, step=step, **columns,
-                    command=about["command"])
+                    seconds=round(self.seconds, 1), seed=cfg.seed, labeled=cfg.labeled, method=cfg.method,
+                    network=name, parameters=parameters, when=when, step=step, **columns, command=about["command"])
+
+    def cost(self, until):
+        """FLOP of the run's steps and answers up to the step `until`."""
+        cost = 0
+        for stage in self.stages:
+            cost += step_cost(self.cfg, stage) * min(stage.steps, max(0, until - stage.start))
+            if stage.answers:
+                rounds = sum(end <= until for _, end in stage.rounds)
+                cost += rounds * len(self.slices.names) * self.answer_cost
+        return cost
 
 
 def slice_cost(shape, size):
@@ -762,43 +727,23 @@ def slice_cost(shape, size):
 
 def step_cost(cfg, stage):
     """FLOP of a step: forward 1, forward and backward 3."""
-    if stage.number == 1:
-        return 3 * cfg.sup_batch * slice_cost(cfg.teacher, cfg.size)
-    own, n, labeled = slice_cost(shape_of(cfg), cfg.size), cfg.batch, cfg.labeled_batch
-    if stage.number == 2:
-        return 3 * cfg.sup_batch * own
-    cost = 3 * n * own
+    own, teacher = slice_cost(shape_of(cfg), cfg.size), slice_cost(cfg.teacher, cfg.size)
+    if stage.number < 3:
+        return 3 * cfg.sup_batch * (own if stage.number == 2 else teacher)
+    cost = 3 * cfg.batch * own
     if cfg.method in ("mt", "act"):
-        cost += (n - labeled * (cfg.consistency == "pseudo")) * own
+        cost += (cfg.batch - cfg.labeled_batch * (cfg.consistency == "pseudo")) * own
     if cfg.teacher_along:
-        cost += (n + 2 * labeled) * slice_cost(cfg.teacher, cfg.size)
-    return cost
-
-
-def answer_cost(cfg):
-    """FLOP of the teachers' answer about one slice."""
-    return cfg.views * max(1, len(cfg.teacher_ckpt)) * slice_cost(cfg.teacher, cfg.size * 9 // 8)
-
-
-def run_cost(run, until):
-    """FLOP of the run's steps and answers up to the step `until`."""
-    cost = 0
-    for stage in run.stages:
-        cost += step_cost(run.cfg, stage) * min(stage.steps, max(0, until - stage.start))
-        if wants_answers(run.cfg, stage):
-            rounds = sum(end <= until for _, end in list_rounds(run.cfg, stage))
-            cost += rounds * len(run.slices.names) * answer_cost(run.cfg)
+        cost += (cfg.batch + 2 * cfg.labeled_batch) * teacher
     return cost
 
 
 def train(cfg, resume=None):
     """One run: the teacher from the labels, the student from the labels, co-teaching. Returns its folder."""
-    slice_cost(cfg.teacher, cfg.size)            # takes a second, once: here, since the folder is not there to clean up
     run = Run(cfg, resume)
-    style = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"                    # by arithmetic, not by steps
-    total, past = run_cost(run, cfg.iters), run_cost(run, run.done)
+    style = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"                   # by arithmetic, not by steps
     with heed_signals() as run.asked, tqdm(
-            total=total, initial=past, dynamic_ncols=True, disable=not run.main, bar_format=style,
+            total=run.total, initial=run.cost(run.done), dynamic_ncols=True, disable=not run.main, bar_format=style,
             mininterval=1 if sys.stderr.isatty() else 30) as run.bar:
         ended = all(run.learn(stage) for stage in run.stages if run.done < stage.end)
     if run.main and not ended:
@@ -825,7 +770,7 @@ def parse(argv):
     for f in fields(Config):
         if f.metadata["group"] not in (None, "run"):
             group = parser.add_argument_group(f.metadata["group"])
-        group.add_argument(flag(f.name), help=f.metadata["help"] + shown_default(f), **kind_of_option(f))
+        add_option(group, f)
     blank, parser.format_help = parser.format_help, lambda: blank().replace("\n\n", "\n")      # it fits a screen
     given = vars(parser.parse_args(argv))
     if given.pop("bench", False):
@@ -833,25 +778,24 @@ def parse(argv):
     return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
 
 
-def kind_of_option(f):
-    """A field of Config -> what argparse wants to know of its option."""
+def add_option(group, f):
+    """A field of Config as an option."""
+    default = f.default
     if f.name == "compile":
-        return dict(action=argparse.BooleanOptionalAction)
-    if isinstance(f.default, bool):
-        return dict(action="store_true")
-    if f.default == ():
-        return dict(nargs="+", metavar="FILE")
-    if isinstance(f.default, tuple):
-        names = ("DEPTH", "BASE") if len(f.default) == 2 else ("T", "S", "C")
-        return dict(type=int, nargs=len(names), metavar=names)
-    metavar = {int: "N", float: "X"}.get(type(f.default))
-    return dict(type=type(f.default), choices=f.metadata["choices"], metavar=metavar)
-
-
-def shown_default(f):
-    if f.default in ("", -1, False, 0.0, ()):
-        return ""
-    return f" [{' '.join(map(str, f.default)) if isinstance(f.default, tuple) else f.default}]"
+        kind = dict(action=argparse.BooleanOptionalAction)
+    elif isinstance(default, bool):
+        kind = dict(action="store_true")
+    elif default == ():
+        kind = dict(nargs="+", metavar="FILE")
+    elif isinstance(default, tuple):
+        names = ("DEPTH", "BASE") if len(default) == 2 else ("T", "S", "C")
+        kind = dict(type=int, nargs=len(names), metavar=names)
+    else:
+        metavar = {int: "N", float: "X"}.get(type(default))
+        kind = dict(type=type(default), choices=f.metadata["choices"], metavar=metavar)
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    shown = "" if default in ("", -1, False, 0.0, ()) else f" [{shown}]"
+    group.add_argument(flag(f.name), help=f.metadata["help"] + shown, **kind)
 
 
 def resolve(given):
@@ -877,7 +821,7 @@ def resolve(given):
             given.setdefault(key, max(1, given["batch"] * getattr(share, key) // share.batch))
     cfg = Config(**{**usual, **given})
     cfg = replace(cfg, stages=count_steps(cfg))
-    if wants_answers(cfg, list_stages(cfg)[-1]) and not (cfg.stages[0] or cfg.teacher_ckpt):
+    if list_stages(cfg)[-1].answers and not (cfg.stages[0] or cfg.teacher_ckpt):
         raise DataError("--stages: no teacher stage, and no --teacher-ckpt to answer in its place")
     if not cfg.out:
         base = f"runs/{'demo-' if demo else ''}{cfg.method}-{cfg.labeled}-seed{cfg.seed}"
@@ -889,29 +833,30 @@ def resolve(given):
 
 
 def resolve_resumed(given, folder):
-    """--resume FOLDER and what was given beside it -> (Config, its last checkpoint).
-
-    Checked before anything is written: the state itself (models.load_last), that no option but MAY_CHANGE differs, the
-    stages; then the data and that the weights fit (Run).
-    """
+    """--resume FOLDER and what was given beside it -> (Config, its last checkpoint); nothing is written before."""
     resume = models.load_last(Path(folder))
-    saved = resume["config"]
+    saved = resume["config"] | {"out": folder}
     unknown = saved.keys() ^ {f.name for f in fields(Config)}
     if unknown:
         raise DataError(f"--resume {folder}: {sorted(map(str, unknown))[0]} of its config is not of this version")
-    changed = [k for k, v in given.items() if k not in MAY_CHANGE and saved[k] != v]
-    changed += ["out"] * (given.get("out", folder) != folder)
+    changed = [key for key, value in given.items() if key not in MAY_CHANGE and saved[key] != value]
     if changed:
         raise DataError(f"--resume {folder}: {flag(changed[0])} may not change within a run")
-    where = {"cpu": False} if "gpu" in given else {"gpu": -1} if "cpu" in given else {}
+    if "gpu" in given:
+        given["cpu"] = False
+    elif "cpu" in given:
+        given["gpu"] = -1
     before = Config(**saved)
-    cfg = replace(before, **{**where, **given, "out": folder})
+    cfg = replace(before, **given)
     if sum(before.stages) != before.iters:
         raise DataError(f"--resume {folder}: its stages do not add up to its --iters {before.iters}")
     if cfg.iters < before.iters:
         raise DataError(f"--iters {cfg.iters}: the run has {before.iters}, and can only be made longer")
-    last, steps = list_stages(before)[-1], list(before.stages)
-    steps[last.number - 1] += cfg.iters - before.iters                                  # more steps lengthen the last
+    done = resume["step"]
+    if done > cfg.iters or (done == cfg.iters and Path(folder, "summary.json").exists()):
+        raise DataError(f"--resume {folder}: is at step {done}; a larger --iters goes on")
+    steps = list(before.stages)
+    steps[list_stages(before)[-1].number - 1] += cfg.iters - before.iters               # more steps lengthen the last
     return replace(cfg, stages=tuple(steps)), resume
 
 
@@ -977,9 +922,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    code = main()
-    if "WORLD_SIZE" in os.environ:             # at the interpreter's end torch's threads have been seen to abort
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    distributed.leave(main())

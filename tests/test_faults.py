@@ -43,6 +43,7 @@ import data_prep
 import evaluate
 import models
 import phantom
+import slices
 import train_actnet
 from data_prep import DataError
 from models import UNet, load_checkpoint, load_last, save_checkpoint
@@ -340,13 +341,13 @@ def test_a_run_killed_between_its_best_and_its_last_equals_the_unbroken_one(serv
 
 def die_asking(n):
     """SIGKILL, or with -n SIGTERM, in the n-th question to the teachers: sixteen slices each."""
-    calls, real = itertools.count(1), train_actnet.ask
+    calls, real = itertools.count(1), slices.ask
 
     def counted(*args):
         if next(calls) == abs(n):
             os.kill(os.getpid(), signal.SIGKILL if n > 0 else signal.SIGTERM)
         return real(*args)
-    train_actnet.ask = counted
+    slices.ask = counted
 
 
 @pytest.mark.parametrize("n", [1, 2, -1, -2])

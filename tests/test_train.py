@@ -413,7 +413,7 @@ def test_the_best_of_a_stage_goes_on(data, tmp_path, monkeypatch):
         begin(self, cfg, device, stage, nets, noise)
         seen[stage.number] = {k: v.clone() for k, v in nets[self.learner].state_dict().items()}
     monkeypatch.setattr(ActNet, "__init__", watch)
-    monkeypatch.setattr(train_actnet, "ask", lambda nets, images, views: (
+    monkeypatch.setattr("slices.ask", lambda nets, images, views: (
         asked.append(nets[0][0].state_dict()), ask(nets, images, views))[1])
     kept = set()
 
@@ -462,7 +462,7 @@ def test_several_teachers_answer_and_stay(data, tmp_path, monkeypatch):
     given = [str(tmp_path / f"t{seed}" / "best.pt") for seed in (0, 1)]
     before = [Path(path).read_bytes() for path in given]
     asked = []
-    monkeypatch.setattr(train_actnet, "ask", lambda nets, *rest: (
+    monkeypatch.setattr("slices.ask", lambda nets, *rest: (
         asked.append([net.architecture["depth"] for net, _ in nets]), ask(nets, *rest))[1])
     rows = run(data, tmp_path / "run", "--teacher-ckpt", *given)
     assert sorted(asked[0]) == [2, 3]
