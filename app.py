@@ -19,15 +19,12 @@ if __name__ == "__main__":
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")                                   # as predict.py
 
 import gradio as gr
-import nibabel as nib
-import numpy as np
 
 import data_prep
 import evaluate
 import models
 import phantom
 import predict
-import scans
 
 MAX_MB, PAGES = 500, 16                              # of an upload; open pages whose scan is kept, the latest
 CSS = "#message textarea {color: #c2410c; font-weight: bold} #image img {width: 100%}"
@@ -41,14 +38,29 @@ Mass of the myocardium {myo_mass} g. ED is frame {ED}, ES frame {ES} of {frames}
 STILL = "RV, ml | MYO, ml | LV, ml\n---|---|---\n{rv_ml} | {myo_ml} | {lv_ml}"
 
 
-def segment(nets, checkpoint, source, folder):
+class Fields(data_prep.Parser):
+    """predict.py's command line, where an error is a DataError with the same line and not the end."""
+
+    def exit(self, status=0, message=None):
+        raise data_prep.DataError(str(message).strip().removeprefix("predict.py: "))
+
+
+def header_options(source, spacing, axes):
+    """What the two fields hold, empty where the header tells -> predict_file's arguments. Raises DataError."""
+    argv = ["CHECKPOINT", str(source)]
+    argv += ["--spacing", *spacing.split(maxsplit=2)] if spacing.strip() else []
+    argv += ["--axes", axes.strip()] if axes.strip() else []
+    args = predict.parse(argv, Fields)
+    return dict(spacing=args.spacing, axes=args.axes)
+
+
+def segment(nets, checkpoint, source, folder, spacing="", axes=""):
     """predict_file's results in a TemporaryDirectory, which the scan keeps, and NAME_table.csv -> a scan: stem; row;
     `shown`: images and labels (T, Z, Y, X), spacing (z, y, x) in mm. Raises as predict_file."""
     stem = f"{folder.name}/{predict.NIFTI.sub('', source.name)}"
-    usual = checkpoint.get("entropy", predict.USUAL)
-    row = predict.predict_file(nets, source, Path(stem), checkpoint["inference"], usual=usual) | dict(file=source.name)
-    scan = scans.read_scan(source)
-    labels = scan.forth(np.asanyarray(nib.load(f"{stem}_seg.nii.gz").dataobj))
+    options = header_options(source, spacing, axes) | dict(usual=checkpoint.get("entropy", predict.USUAL))
+    row, scan, labels = predict.predict_file(nets, source, Path(stem), checkpoint["inference"], **options)
+    row = row | dict(file=source.name)
     evaluate.write_csv(f"{stem}_table.csv", [{c: row.get(c) for c in predict.COLUMNS}])
     return SimpleNamespace(folder=folder, stem=stem, row=row, shown=(scan.frames, labels, scan.spacing))
 
@@ -65,25 +77,26 @@ def outputs(scan):
             evaluate.draw_slice(*scan.shown, frame - 1, level - 1), *sliders, True, False,
             ("`{file}`\n\n" + text).format(**row | numbers),
             gr.Image(f"{scan.stem}_volumes.png" if frames > 1 else None, visible=frames > 1),
-            f"{scan.stem}_seg.nii.gz", f"{scan.stem}_table.csv"]
+            f"{scan.stem}_seg.nii.gz", f"{scan.stem}_table.csv", "", ""]
 
 
 def build(nets, checkpoint, root):
     """The page -> gradio.Blocks. Files are kept below `root`."""
     kept, waiting = {}, Counter()                    # {page: scan}, {uploaded file: how many pages wait for it}
 
-    def take(file, request: gr.Request, progress=gr.Progress(track_tqdm=True)):        # noqa: B008
-        """An uploaded file, or None for the synthetic cine. What was shown goes, also where the file is bad."""
+    def take(file, request: gr.Request, spacing="", axes="", progress=gr.Progress(track_tqdm=True)):   # noqa: B008
+        """An uploaded file, or None for the synthetic cine. What was shown goes, also where the file is bad; the fields
+        are emptied once a file is segmented, or they would spoil the next."""
         kept.pop(request.session_hash, None)
         folder = tempfile.TemporaryDirectory(dir=root)                                 # goes with the scan
         source = Path(file or f"{folder.name}/synthetic_cine.nii.gz")
         try:
             if not file:
                 phantom.write_cine(source)
-            scan = kept[request.session_hash] = segment(nets, checkpoint, source, folder)
+            scan = kept[request.session_hash] = segment(nets, checkpoint, source, folder, spacing, axes)
         except Exception as error:                                 # as predict.attempt
             line = predict.describe_error(source, error).replace(f"{source.parent}{os.sep}", "")
-            return [None, gr.Textbox(line, visible=True), gr.Column(visible=False), *[gr.skip()] * 9]
+            return [None, gr.Textbox(line, visible=True), gr.Column(visible=False), *[gr.skip()] * 11]
         finally:
             waiting[file] -= 1
             if waiting[file] < 1:
@@ -103,7 +116,10 @@ def build(nets, checkpoint, root):
         gr.Markdown(f"# Cardiac MRI, short axis\n**{evaluate.NOTICE}** Files stay on the machine that serves the page.")
         drop = gr.File(label=f"A NIfTI file, 3D or 4D, at most {MAX_MB} MB", height=140, elem_id="drop")
         synthetic = gr.Button("Take a synthetic scan")
-        message = gr.Textbox(label="Look here (--options: of predict.py)", visible=False, elem_id="message")
+        with gr.Accordion("The header is wrong or silent: fill in, then drop the file", open=False), gr.Row():
+            spacing = gr.Textbox("", label="--spacing Z Y X", info="mm between slices, of a pixel", elem_id="spacing")
+            axes = gr.Textbox("", label="--axes", info="the array's in their order, as xyzt", elem_id="axes")
+        message = gr.Textbox(label="Look here (--options: above, or of predict.py)", visible=False, elem_id="message")
         with gr.Column(visible=False) as results, gr.Row():
             with gr.Column():
                 image = gr.Plot(format="png", show_label=False, container=False, elem_id="image")
@@ -114,9 +130,9 @@ def build(nets, checkpoint, root):
                 curve = gr.Image(show_label=False, container=False, buttons=[], interactive=False, elem_id="curve")
                 labels, table = gr.DownloadButton("Label map (NIfTI)"), gr.DownloadButton("Table (CSV)")
         options = dict(concurrency_id="network", trigger_mode="multiple", show_progress_on=drop, outputs=[
-            drop, message, results, image, level, frame, outline, whole, numbers, curve, labels, table])
+            drop, message, results, image, level, frame, outline, whole, numbers, curve, labels, table, spacing, axes])
         drop.upload(lambda file: waiting.update([file]), drop, queue=False, show_progress="hidden")
-        drop.upload(take, drop, **options)
+        drop.upload(take, [drop, spacing, axes], **options)
         synthetic.click(take, gr.State(), **options)
         gr.on([c.input for c in (level, frame, outline, whole)], view, [level, frame, outline, whole], image,
               trigger_mode="always_last", show_progress="hidden", concurrency_limit=None)

@@ -73,14 +73,15 @@ HIDDEN = ".evaluate-"                                              # how the nam
 
 # ---------------------------------------------------------------------------------------------------------- metrics
 
+def count(labels):
+    """Label map -> voxels of RV, MYO, LV, (3,) int."""
+    return np.bincount(labels.ravel(), minlength=len(CLASSES) + 1)[1:]
+
+
 def dice(pred, label):
     """Two label maps of one shape -> Dice of RV, MYO, LV, (3,) float64; both empty 1, one empty 0."""
-    scores = []
-    for k in range(1, len(CLASSES) + 1):
-        p, y = pred == k, label == k
-        total = np.count_nonzero(p) + np.count_nonzero(y)
-        scores.append(2 * np.count_nonzero(p & y) / total if total else 1.0)
-    return np.array(scores)
+    total = count(pred) + count(label)
+    return np.where(total, 2 * count(pred[pred == label]) / np.maximum(total, 1), 1.0)
 
 
 def surface_metrics(p, y, spacing=(1.0, 1.0, 1.0)):
@@ -112,21 +113,12 @@ def case_metrics(pred, label, spacing=None):
     voxels = np.array([surface_metrics(p, y) for p, y in masks])                                # (3, 2): HD95, ASD
     mm = voxels * np.nan if spacing is None else np.array([surface_metrics(p, y, spacing) for p, y in masks])
     scores = dict(zip(METRICS, (overlap, overlap / (2 - overlap), *voxels.T, *mm.T), strict=True))
-    return scores | {"one_empty": np.array([p.any() != y.any() for p, y in masks])}
-
-
-def component_metrics(pred, label, scores):
-    """case_metrics in voxels of pred's largest components; `scores`, those of pred itself, where nothing goes."""
-    kept = np.zeros_like(pred)
-    for box in ndimage.find_objects((pred > 0).astype(np.uint8)):                               # one, or none
-        kept[box] = largest_component(pred[box])
-    return scores if np.array_equal(kept, pred) else case_metrics(kept, label)
+    return scores | {"one_empty": (count(pred) > 0) != (count(label) > 0)}
 
 
 def volumes_ml(labels, spacing):
     """Label map, spacing in mm or None -> ml of RV, MYO, LV, (3,) float64; NaN without spacing."""
-    counts = np.array([np.count_nonzero(labels == k) for k in range(1, len(CLASSES) + 1)])
-    return counts * (math.prod(spacing) / 1000 if spacing is not None else np.nan)
+    return count(labels) * (math.prod(spacing) / 1000 if spacing is not None else np.nan)
 
 
 def clinical_indices(ed, es):
@@ -231,10 +223,11 @@ def draw_curves(log, png):
     starts = {}
     for row in rows:
         starts.setdefault(row.get("stage"), int(row["step"]))
+    panels = {"training losses": ("dice", "ce", "kd", "co", "teacher"),
+              "mean Dice on val": ("val_teacher", "val_student", "val_coteacher")}
     figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    losses, scores = ("dice", "ce", "kd", "co", "teacher"), ("val_teacher", "val_student", "val_coteacher")
-    for ax, columns in ((left, losses), (right, scores)):
+    axes = figure.subplots(1, 2)
+    for ax, (title, columns) in zip(axes, panels.items(), strict=True):
         for column in columns:
             points = [(int(row["step"]), float(row[column])) for row in rows if float(row.get(column) or 0)]
             if points:
@@ -244,8 +237,8 @@ def draw_curves(log, png):
         for stage, step in list(starts.items())[1:]:
             ax.axvline(step, color="0.6", linestyle="--", linewidth=1)
             ax.text(step, 0.99, f" {stage}", transform=ax.get_xaxis_transform(), va="top", color="0.35")
-    left.set(xlabel="step", yscale="log", title="training losses")
-    right.set(xlabel="step", title="mean Dice on val")
+        ax.set(xlabel="step", title=title)
+    axes[0].set_yscale("log")
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=90)
     data_prep.write_atomic(Path(png), buffer.getvalue())
@@ -349,37 +342,32 @@ def draw_agreement(path, rows):
     figure = Figure(figsize=(12, 13), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.08)
     axes = figure.subplots(4, 4)
-    order = ("lv_edv", "lv_esv", "lv_ef", "myo_mass", "rv_edv", "rv_esv", "rv_ef")
     pairs = [*axes[:2].T, *axes[2:].T]                                          # (above, below): the LV, then the RV
+    order = ("lv_edv", "lv_esv", "lv_ef", "myo_mass", "rv_edv", "rv_esv", "rv_ef")
     for (above, below), index in zip(pairs, order, strict=False):
         x, y = np.array([(r["prediction"], r["annotation"]) for r in rows if r["index"] == index]).T
-        draw_index(above, below, index, x, y)
+        a, unit = agreement(x, y), INDICES[index]
+        values = [v for v in (*x, *y) if np.isfinite(v)] or [0]
+        low, high = min(values), max(values)
+        margin = 0.06 * (high - low) or 1
+        limits = low - margin, high + margin
+        above.plot(y, x, "o", color="#2a6fb0", alpha=0.7)
+        above.axline((low, low), slope=1, color="0.5", linewidth=1)
+        above.set(title=f"{index_name(index)}, r {format_number(3, a['r'])}", xlabel=f"annotation, {unit}",
+                  aspect="equal", xlim=limits, ylim=limits)
+        above.locator_params(nbins=5)
+        above.grid(alpha=0.25)
+        below.plot((x + y) / 2, x - y, "o", color="#2a6fb0", alpha=0.7)
+        for level, style in ((a["bias"], "-"), (a["bias"] - 1.96 * a["sd"], "--"), (a["bias"] + 1.96 * a["sd"], "--")):
+            below.axhline(level, color="#c23b4b", linestyle=style, linewidth=1)
+        below.set(title=f"bias {format_number(1, a['bias'], a['sd'])} {unit}", xlabel=f"mean, {unit}")
+        below.grid(alpha=0.25)
     for row, label in zip(axes, ("prediction", "prediction - annotation") * 2, strict=True):
         row[0].set_ylabel(label)
-    for ax in pairs[-1]:                                                        # seven indices, eight places
-        ax.axis("off")
+    pairs[-1][0].axis("off")                                                    # seven indices, eight places
+    pairs[-1][1].axis("off")
     figure.supxlabel(NOTICE, fontsize=9, color="0.4")
     figure.savefig(path, dpi=100)
-
-
-def draw_index(above, below, index, x, y):
-    """Predictions x against annotations y (patients,) of one index, and the Bland-Altman plot, into two axes."""
-    a, unit = agreement(x, y), INDICES[index]
-    values = [v for v in (*x, *y) if np.isfinite(v)] or [0]
-    low, high = min(values), max(values)
-    margin = 0.06 * (high - low) or 1
-    above.plot(y, x, "o", color="#2a6fb0", alpha=0.7)
-    above.axline((low, low), slope=1, color="0.5", linewidth=1)
-    above.set(title=f"{index_name(index)}, r {format_number(3, a['r'])}", xlabel=f"annotation, {unit}", aspect="equal",
-              xlim=(low - margin, high + margin), ylim=(low - margin, high + margin))
-    above.locator_params(nbins=5)
-    below.plot((x + y) / 2, x - y, "o", color="#2a6fb0", alpha=0.7)
-    for level, style in ((a["bias"], "-"), (a["bias"] - 1.96 * a["sd"], "--"), (a["bias"] + 1.96 * a["sd"], "--")):
-        if np.isfinite(level):
-            below.axhline(level, color="#c23b4b", linestyle=style, linewidth=1)
-    below.set(title=f"bias {format_number(1, a['bias'], a['sd'])} {unit}", xlabel=f"mean, {unit}")
-    for ax in (above, below):
-        ax.grid(alpha=0.25)
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation
@@ -393,29 +381,29 @@ def evaluate_checkpoint(path, out, data=None, split="test", which=None, device="
     nets, checkpoint = load_networks(path, device, which)
     net, inference = nets[0], checkpoint["inference"]
     config = checkpoint.get("config") if isinstance(checkpoint.get("config"), dict) else {}
-    trained_on = str(config.get("data") or "")
-    root = Path(data or (trained_on if trained_on and Path(trained_on).is_dir() else "data/ACDC"))
+    trained_on = str(config.get("data") or "data/ACDC")
+    root = Path(data or (trained_on if os.path.isdir(trained_on) else "data/ACDC"))
     names = find_volumes(root, split, config.get("labeled"))
     with staging(Path(out), RESULTS) as folder:
         volumes = tqdm((data_prep.read_volume(root, n) for n in names), total=len(names), desc=f"{split} of {root}",
                        unit="volume", disable=None, leave=False)
-        scored = score_volumes(nets, volumes, inference, find, component)
-        clinical = clinical_rows(scored.rows)
-        timed = scored.seconds[1:] or scored.seconds                                      # the first one warms up
+        scored = [score_volume(nets, v, inference, find, component) for v in volumes]
+        clinical = clinical_rows(scored)
+        timed = scored[1:] or scored                                                      # the first one warms up
         summary = plain(dict(
             checkpoint=str(path), network=which or checkpoint["better"], step=checkpoint.get("step"),
             architecture=net.architecture, inference=inference, find_heart=find, largest_component=component,
             parameters=models.count_parameters(net), macs_per_slice=models.count_macs(net, inference["size"]),
             checkpoint_bytes=Path(path).stat().st_size,
-            ms_per_slice=1000 * sum(s for s, _ in timed) / sum(n for _, n in timed),
+            ms_per_slice=1000 * sum(s.seconds for s in timed) / sum(len(s.pred) for s in timed),
             device=models.describe_device(device), data=str(root), split=split, volumes=len(names),
             **summarize(scored, clinical), overlays=draw_cases(folder, root, split, scored)))
-        write_csv(folder / "metrics.csv", scored.rows)
+        write_csv(folder / "metrics.csv", [row for s in scored for row in s.rows])
         if clinical:
             write_csv(folder / "clinical.csv", clinical)
-        if clinical and scored.cases:
+        if clinical and summary["scored"]:
             draw_agreement(folder / "clinical.png", clinical)
-        write_report(folder, summary, patient_table(scored.rows), config)
+        write_report(folder, summary, scored, config)
         (folder / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return {**summary, "out": str(out)}
 
@@ -442,30 +430,31 @@ def find_volumes(root, split, labeled):
 
 
 class Scored(NamedTuple):
-    rows: list          # of metrics.csv, three per volume
-    cases: list         # case_metrics of each annotated volume
-    components: list    # component_metrics of each, unless the answers are the largest components already
-    preds: dict         # {name of a volume: labels (Z, Y, X)}
-    seconds: list       # (of the first network and of finding the heart, slices) per volume
+    """A volume, segmented and, where it is annotated, scored."""
+    rows: list                         # of metrics.csv: RV, MYO, LV
+    scores: dict | None                # case_metrics
+    component: dict | None             # the same, in voxels, of the largest components; None with --largest-component
+    pred: np.ndarray                   # (Z, Y, X) uint8
+    seconds: float                     # of the first network and of finding the heart
+
+    @property
+    def dice(self):
+        return mean([r["dice"] for r in self.rows])
 
 
-def score_volumes(nets, volumes, inference, find, component):
-    """Segment and score an iterable of data_prep.Volume -> Scored."""
-    scored = Scored([], [], [], {}, [])
-    for v in volumes:
-        began = time.perf_counter()
-        focus = find_heart(nets[0], v.image, v.spacing, **inference) if find else {}
-        found = time.perf_counter() - began
-        result = segment(nets, v.image, inference | focus, component)
-        scores = None if v.label is None else case_metrics(result.labels, v.label, v.spacing)
-        if scores:
-            scored.cases.append(scores)
-        if scores and not component:
-            scored.components.append(component_metrics(result.labels, v.label, scores))
-        scored.rows.extend(case_rows(v, result, scores))
-        scored.preds[v.name] = result.labels
-        scored.seconds.append((found + result.seconds, len(result.labels)))
-    return scored
+def score_volume(nets, v, inference, find, component):
+    """data_prep.Volume -> Scored."""
+    began = time.perf_counter()
+    focus = find_heart(nets[0], v.image, v.spacing, **inference) if find else {}
+    found = time.perf_counter() - began
+    result = segment(nets, v.image, inference | focus, component)
+    scores, beside = None, None
+    if v.label is not None:
+        scores = case_metrics(result.labels, v.label, v.spacing)
+    if scores and not component:
+        kept = largest_component(result.labels)
+        beside = scores if np.array_equal(kept, result.labels) else case_metrics(kept, v.label)
+    return Scored(case_rows(v, result, scores), scores, beside, result.labels, found + result.seconds)
 
 
 def case_rows(v, result, scores):
@@ -487,70 +476,66 @@ def case_rows(v, result, scores):
     return rows
 
 
-def by_volume(rows):
-    """Rows of metrics.csv -> [the three of a volume, ...]."""
-    return [rows[i:i + len(CLASSES)] for i in range(0, len(rows), len(CLASSES))]
+def by_patient(scored):
+    """-> {patient: {"ED": Scored, "ES": Scored}}."""
+    patients = {}
+    for s in scored:
+        patients.setdefault(s.rows[0]["patient"], {})[s.rows[0]["phase"]] = s
+    return patients
 
 
-def clinical_rows(rows):
-    """The rows of metrics.csv -> one per patient and index, for patients whose ED and ES have a spacing."""
-    found = {}
-    for volume in by_volume(rows):
-        if np.isfinite(volume[0]["volume_ml"]):
-            found.setdefault(volume[0]["patient"], {})[volume[0]["phase"]] = volume
+def clinical_rows(scored):
+    """-> the rows of clinical.csv, one per patient and index, for patients whose ED and ES have a spacing."""
     table = []
-    for patient, phases in found.items():
-        if not set(PHASES) <= set(phases):
+    for patient, phases in by_patient(scored).items():
+        pair = [phases[p].rows for p in PHASES if p in phases]
+        if len(pair) < 2 or not all(np.isfinite(rows[0]["volume_ml"]) for rows in pair):
             continue
-        prediction, annotation = (clinical_indices(*([r[key] for r in phases[phase]] for phase in PHASES))
+        prediction, annotation = (clinical_indices(*([r[key] for r in rows] for rows in pair))
                                   for key in ("volume_ml", "annotation_ml"))
-        table += [dict(patient=patient, group=phases["ED"][0]["group"], index=k, unit=unit, prediction=prediction[k],
+        table += [dict(patient=patient, group=pair[0][0]["group"], index=k, unit=unit, prediction=prediction[k],
                        annotation=annotation[k]) for k, unit in INDICES.items()]
     return table
 
 
 def summarize(scored, clinical):
-    """Scored, rows of clinical.csv -> what summary.json says of them."""
-    volumes = by_volume(scored.rows)
-    dices = [mean([r["dice"] for r in volume]) for volume in volumes]
+    """[Scored, ...], rows of clinical.csv -> what summary.json says of them."""
+    annotated = [s for s in scored if s.scores]
+    beside = [s.component for s in annotated if s.component]
     uncertainty = {}
     for key in ("entropy", "disagreement"):
-        if key in scored.rows[0]:
-            values = [mean([r[key] for r in volume if np.isfinite(r[key])]) for volume in volumes]
-            found = agreement(values, dices)
+        if key in scored[0].rows[0]:
+            values = [mean([r[key] for r in s.rows if np.isfinite(r[key])]) for s in scored]
+            found = agreement(values, [s.dice for s in scored])
             uncertainty[key] = {"n": found["n"], "r": found["r"]}
     indices = {}
     for k, unit in INDICES.items():
         values = [[r[column] for r in clinical if r["index"] == k] for column in ("prediction", "annotation")]
         indices[k] = {"unit": unit, **agreement(*values)}
     return dict(
-        scored=len(scored.cases), with_spacing=sum(bool(np.isfinite(v[0]["volume_ml"])) for v in volumes),
-        one_empty={c: int(sum(case["one_empty"][i] for case in scored.cases)) for i, c in enumerate(CLASSES)},
-        metrics=aggregate(scored.cases),
-        largest_component_metrics=aggregate(scored.components, BRIEF) if scored.components else None,
+        scored=len(annotated), with_spacing=sum(bool(np.isfinite(s.rows[0]["volume_ml"])) for s in scored),
+        one_empty={c: int(sum(s.scores["one_empty"][i] for s in annotated)) for i, c in enumerate(CLASSES)},
+        metrics=aggregate([s.scores for s in annotated]),
+        largest_component_metrics=aggregate(beside, BRIEF) if beside else None,
         clinical=indices if clinical else None, uncertainty=uncertainty)
 
 
 def draw_cases(folder, root, split, scored):
     """Overlays of the best, median and worst patient -> {"best": "patient028", ...}. Where none is scored the first
     of the split is drawn in the best one's place."""
-    patients, dices = {}, {}
-    for volume in by_volume(scored.rows):
-        patients.setdefault(volume[0]["patient"], []).append(volume[0])
-        dices.setdefault(volume[0]["patient"], []).extend(r["dice"] for r in volume if np.isfinite(r["dice"]))
-    scores = {p: mean(d) for p, d in dices.items() if d}
-    order = sorted(scores, key=scores.get, reverse=True) or list(patients)[:1]
-    drawn = {}
-    for kind, i in zip(PICTURES, (0, len(order) - 1, (len(order) - 1) // 2), strict=True):
-        patient = order[i]
+    patients, drawn = by_patient(scored), {}
+    scores = {p: mean([s.dice for s in phases.values() if s.scores]) for p, phases in patients.items()}
+    order = sorted((p for p in patients if np.isfinite(scores[p])), key=scores.get, reverse=True) or list(patients)[:1]
+    for kind, patient in zip(PICTURES, (order[0], order[-1], order[(len(order) - 1) // 2]), strict=True):
         if patient in drawn.values():
             continue
         drawn[kind] = patient
-        frames = [(r["phase"], data_prep.read_volume(root, r["case"]), scored.preds[r["case"]])
-                  for r in patients[patient]]
+        frames = [(phase, data_prep.read_volume(root, s.rows[0]["case"]), s.pred)
+                  for phase, s in patients[patient].items()]
         group = f" ({frames[0][1].group})" if frames[0][1].group else ""
-        score = f", {kind} of {len(order)} in {split}: mean Dice {scores[patient]:.3f}" if scores else ", no annotation"
-        draw_overlay(folder / f"overlay_{kind}.png", patient + group + score, frames)
+        score = f", {kind} of {len(order)} in {split}: mean Dice {scores[patient]:.3f}"
+        told = score if np.isfinite(scores[patient]) else ", no annotation"
+        draw_overlay(folder / f"overlay_{kind}.png", patient + group + told, frames)
     return drawn
 
 
@@ -558,46 +543,33 @@ def draw_cases(folder, root, split, scored):
 
 @contextmanager
 def staging(out, names):
-    """A hidden folder whose files `names` move into `out` on success; after an error `out` is as it was."""
+    """A hidden folder whose files `names` move into `out` on success; after an error `out` is as it was. Removes those
+    of killed processes: the lock in each is held as long as its process lives."""
     parent = next(p for p in (out, *out.absolute().parents) if p.exists())
     for place in {parent, out.absolute().parent}:
-        remove_abandoned(place)
-    with hidden_folder(parent) as folder:
-        yield folder
-        out.mkdir(parents=True, exist_ok=True)
-        for name in names:                                       # the last one last: where it stands, the rest does
-            fresh = folder / name
-            if not fresh.exists():
-                (out / name).unlink(missing_ok=True)             # of an earlier evaluation
-                continue
-            with open(fresh, "r+b") as f:
-                os.fsync(f.fileno())
-            os.replace(fresh, out / name)
-
-
-@contextmanager
-def hidden_folder(parent):
-    """A new folder in `parent`, removed at the end; the file beside it is locked as long as its process lives."""
+        for path in place.glob(f"{HIDDEN}*/.lock"):
+            with suppress(OSError, AttributeError), open(path, "r+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)                   # BlockingIOError: its process lives
+                shutil.rmtree(path.parent, ignore_errors=True)
     folder = parent / f"{HIDDEN}{uuid.uuid4().hex}"
     try:
-        with open(f"{folder}.lock", "x") as lock:
+        folder.mkdir(mode=0o700)
+        with open(folder / ".new", "x") as lock:
             with suppress(OSError, AttributeError):              # a disk, or a system, without locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            folder.mkdir(mode=0o700)
+                os.rename(lock.name, folder / ".lock")           # nobody finds it before it is held
             yield folder
+            out.mkdir(parents=True, exist_ok=True)
+            for name in names:                                   # the last one last: where it stands, the rest does
+                fresh = folder / name
+                if not fresh.exists():
+                    (out / name).unlink(missing_ok=True)         # of an earlier evaluation
+                    continue
+                with open(fresh, "r+b") as f:
+                    os.fsync(f.fileno())
+                os.replace(fresh, out / name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):
-            os.unlink(f"{folder}.lock")
-
-
-def remove_abandoned(parent):
-    """Remove the hidden folders in `parent` that no process holds: those of killed ones."""
-    for path in parent.glob(f"{HIDDEN}*.lock"):
-        with suppress(OSError, AttributeError), open(path, "r+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)     # BlockingIOError: its process lives
-            shutil.rmtree(path.with_suffix(""), ignore_errors=True)
-            path.unlink()
 
 
 @contextmanager
@@ -647,30 +619,11 @@ def metrics_table(title, metrics):
     return table
 
 
-def clinical_table(indices):
-    table = [["clinical", "unit", "bias ± SD", "r", "n"]]
-    for k, x in indices.items():
-        bias, r = format_number(1, x["bias"], x["sd"]), format_number(3, x["r"])
-        table.append([index_name(k), x["unit"], bias, r, str(x["n"])])
-    return table
-
-
-def patient_table(rows):
-    """Rows of metrics.csv -> [header, row per annotated volume, ...] as text, the worst mean Dice first."""
-    scored = [(mean([r["dice"] for r in volume]), volume) for volume in by_volume(rows)]
-    scored = sorted((pair for pair in scored if np.isfinite(pair[0])), key=lambda pair: pair[0])
-    table = [["patient", "group", "phase", *CLASSES, "mean Dice"]]
-    for average, volume in scored:
-        dices = [format_number(3, x) for x in (*(r["dice"] for r in volume), average)]
-        table.append([volume[0]["patient"], volume[0]["group"] or "-", volume[0]["phase"], *dices])
-    return table
-
-
 def describe(s):
     """The summary for people: a list of lines (str) and of tables as text ([header, row, ...])."""
     depth, base = s["architecture"]["depth"], s["architecture"]["base"]
-    options = (("heart found and resampled", s["find_heart"]), ("largest component per class", s["largest_component"]))
-    terms = ["native grid", *(text for text, on in options if on), "mean ± standard deviation"]
+    options = {"heart found and resampled": s["find_heart"], "largest component per class": s["largest_component"]}
+    terms = ["native grid", *(text for text, on in options.items() if on), "mean ± standard deviation"]
     found = [f"{s['checkpoint']}: {s['network']} of step {s['step']}, U-Net[{depth}, {base}], "
              f"{s['parameters'] / 1e6:.2f} M parameters, {s['macs_per_slice'] / 1e9:.2f} G MACs per slice, "
              f"{s['checkpoint_bytes'] / 1e6:.1f} MB on disk, {s['ms_per_slice']:.1f} ms per slice ({s['device']})",
@@ -680,7 +633,11 @@ def describe(s):
         if s["largest_component_metrics"]:
             found.append(metrics_table("largest component", s["largest_component_metrics"]))
         if s["clinical"]:
-            found.append(clinical_table(s["clinical"]))
+            table = [["clinical", "unit", "bias ± SD", "r", "n"]]
+            for k, x in s["clinical"].items():
+                bias, r = format_number(1, x["bias"], x["sd"]), format_number(3, x["r"])
+                table.append([index_name(k), x["unit"], bias, r, str(x["n"])])
+            found.append(table)
         empty = ", ".join(f"{c} {n}" for c, n in s["one_empty"].items())
         found.append(f"one empty, the other not (Dice 0, distances = the volume's diagonal): {empty}")
         found += [f"{k} against Dice, {x['n']} volumes: r {format_number(3, x['r'])}"
@@ -727,13 +684,17 @@ def to_html(part):
     return f'<div class="box"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
 
 
-def write_report(folder, summary, patients, config):
-    """report.html of the summary, patient_table's rows and the pictures in `folder`: one file that needs no other."""
+def write_report(folder, summary, scored, config):
+    """report.html of the summary, every volume's Dice and the pictures in `folder`: one file that needs no other."""
     title = f"ACT-Net {summary['network'].replace('cot', 'co-t')} on {summary['split']}: "
     title += f"Dice {summary['metrics']['dice']['mean']['mean']:.3f}" if summary["scored"] else "no annotation"
     title = html.escape(title)
     body = [f'<h1>{title}</h1><p class="notice">{NOTICE}</p>', *map(to_html, describe(summary))]
     if summary["scored"]:
+        patients = [["patient", "group", "phase", *CLASSES, "mean Dice"]]
+        for s in sorted((s for s in scored if s.scores), key=lambda s: s.dice):
+            dices = [format_number(3, x) for x in (*(r["dice"] for r in s.rows), s.dice)]
+            patients.append([s.rows[0]["patient"], s.rows[0]["group"] or "-", s.rows[0]["phase"], *dices])
         body += ["<h2>Dice of every volume, the worst first</h2>", to_html(patients)]
     pictures = {"clinical.png": "Clinical indices: correlation and Bland-Altman"}
     for kind, patient in sorted(summary["overlays"].items()):                        # best, median, worst

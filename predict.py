@@ -32,7 +32,7 @@ if __name__ == "__main__":     # before torch starts its threads: one that spins
 import nibabel as nib
 import numpy as np
 import torch
-from torch import nn
+from scipy import ndimage
 from tqdm import tqdm
 
 import data_prep
@@ -68,11 +68,12 @@ def walk(folder):
         raise DataError(f"{error.filename}: {error.strerror}; give yourself the right to read it, or move it away")
     files, seen = [], set()
     for place, below, names in os.walk(folder, onerror=refuse, followlinks=True):
-        below[:] = [n for n in sorted(below) if n[0] != "."]
-        if os.path.realpath(place) in seen:                            # a link, to a parent perhaps
+        real = os.path.realpath(place)
+        if real in seen:                                               # a link, to a parent perhaps
             below.clear()
             continue
-        seen.add(os.path.realpath(place))
+        seen.add(real)
+        below[:] = [n for n in sorted(below) if n[0] != "."]
         files += [Path(place, n) for n in names if NIFTI.search(n) and n[0] != "."]
     return sorted(files)
 
@@ -115,10 +116,9 @@ def find_images(paths):
     for path in map(Path, paths):
         for file in list_images(path):
             key = file.resolve()
-            if key in sources:
-                continue
-            sources[key] = file
-            names[key] = file.relative_to(path) if path.is_dir() else Path(file.name)
+            if key not in sources:
+                sources[key] = file
+                names[key] = file.relative_to(path) if path.is_dir() else Path(file.name)
     try:
         common = os.path.commonpath([key.parent for key in sources])
         full = [key.relative_to(common) for key in sources]
@@ -159,14 +159,12 @@ def odd_images(frames):
 
 def odd_volumes(ml, odd):
     """ml (T, 3), odd (T,) bool -> (T,) bool: also the frames one of whose volumes is far from its neighbours'."""
-    sound = np.flatnonzero(~odd)
+    sound = ml[~odd]
     if len(sound) < FRAMES[1]:
         return odd
-    around = np.array([np.median(ml[np.take(sound, range(i - 2, i + 3), mode="wrap")], axis=0)
-                       for i in range(len(sound))])
-    far = np.abs(ml[sound] - around) > JUMP * np.median(ml[sound], axis=0)
+    around = ndimage.median_filter(sound, size=(5, 1), mode="wrap")
     odd = odd.copy()
-    odd[sound[far.any(1)]] = True
+    odd[~odd] = (np.abs(sound - around) > JUMP * np.median(sound, axis=0)).any(1)
     return odd
 
 
@@ -190,13 +188,12 @@ def asked_slices(frames):
 def doubts(labels, image, ml, entropy, phase, usual=USUAL):
     """What is implausible about one frame's result -> [texts]. labels, image (Z, Y, X), ml of RV, MYO, LV; the entropy,
     and what it usually is."""
-    found = [np.count_nonzero((labels == k).any((1, 2))) for k in range(1, len(CLASSES) + 1)]
     slices = np.count_nonzero((labels > 0).any((1, 2)))
-    lost = [c for c, n in zip(CLASSES, found, strict=True) if n < SHARE * slices]
-    texts = []
     if not slices:
         return ["no heart found"]
-    if lost:
+    texts = []
+    on = {c: np.count_nonzero((labels == k).any((1, 2))) for k, c in enumerate(CLASSES, 1)}
+    if lost := [c for c, n in on.items() if n < SHARE * slices]:
         texts.append(f"{' and '.join(lost)} on fewer than {SHARE:.0%} of the {slices} slices with a heart")
     ratio, (least, most) = ml[0] / ml[2] if ml[2] else np.inf, RATIO["ED" if phase == "ED" else ""]
     if not least <= ratio <= most:
@@ -210,8 +207,9 @@ def doubts(labels, image, ml, entropy, phase, usual=USUAL):
 
 def predict_file(nets, source, stem, inference, find=True, component=True, entropy=False, spacing=None, axes=None,
                  usual=USUAL):
-    """Segment one NIfTI file, write the results that the head of this file names to `stem`_*, return the row of
-    predictions.csv. DataError, ValueError, MemoryError or OSError, and then nothing was written."""
+    """Segment one NIfTI file and write the results that the head of this file names to `stem`_* -> (the row of
+    predictions.csv, the scan, its labels (T, Z, Y, X)). DataError, ValueError, MemoryError or OSError, and then nothing
+    was written."""
     if not (NIFTI.search(source.name) and source.is_file()):
         raise DataError(f"{source}: not a NIfTI file by its name and kind; give .nii or .nii.gz (of .hdr and .img "
                         "nibabel.save(nibabel.load(FILE), 'scan.nii') makes one)")
@@ -234,7 +232,7 @@ def predict_file(nets, source, stem, inference, find=True, component=True, entro
     if odd.any():
         names = ", ".join(map(str, 1 + np.flatnonzero(odd)))
         warnings.append(f"frames unlike the others, left out of ED, ES and means: {names}")
-    phases = find_phases(np.where(odd[:, None], np.nan, ml)) if (~odd).sum() > 1 else {}
+    phases = find_phases(np.where(odd[:, None], np.nan, ml))
     indices = evaluate.clinical_indices(*(ml[t] for t in phases.values())) if phases else {}
     shown = []
     for phase, t in phases.items() or (("", 0),):
@@ -258,10 +256,10 @@ def predict_file(nets, source, stem, inference, find=True, component=True, entro
     row |= {k: t + 1 for k, t in phases.items()} | indices
     if len(frames) == 1:
         row |= zip(ML, ml[0], strict=True)
-    for key in ("entropy", "disagreement"):
-        values = [r[key] for r, o in zip(rows, odd, strict=True) if not o and np.isfinite(r.get(key, np.nan))]
-        row |= {key: mean(values)} if key in rows[0] else {}
-    return row | dict(warning="; ".join(dict.fromkeys(warnings)))
+    sound = [r for r, left_out in zip(rows, odd, strict=True) if not left_out]
+    for key in rows[0].keys() & {"entropy", "disagreement"}:
+        row[key] = mean([r[key] for r in sound if np.isfinite(r[key])])
+    return row | dict(warning="; ".join(dict.fromkeys(warnings))), scan, labels
 
 
 def save_like(nifti, array, path):
@@ -306,15 +304,6 @@ def warn(text):
     tqdm.write(f"predict.py: {text}", file=sys.stderr)
 
 
-def tell(row):
-    """A row of predictions.csv, for people."""
-    text = f"{row['file']}: {row['frames']} frame{'s' * (row['frames'] > 1)}"
-    if "ED" in row:
-        found = [f"{evaluate.index_name(k)} {format_number(1, row[k])} {unit}" for k, unit in INDICES.items()]
-        text += f", ED {row['ED']}, ES {row['ES']}; " + ", ".join(found)
-    tqdm.write(text)
-
-
 def describe_error(source, error):
     return str(error) if isinstance(error, DataError) else f"{source}: {data_prep.one_line(error)}"
 
@@ -322,14 +311,18 @@ def describe_error(source, error):
 def attempt(nets, source, stem, inference, options):
     """predict_file, told to people -> its row, or one that says why there is none."""
     try:
-        row = predict_file(nets, source, stem, inference, **options)
+        row, *_ = predict_file(nets, source, stem, inference, **options)
     except OSError:                                                             # `out` takes no more
         raise
     except Exception as error:                                                  # a library's, of a file: others go on
         text = describe_error(source, error)
         warn(text)
         return dict(file=str(source), error=text)
-    tell(row)
+    told = f"{row['file']}: {row['frames']} frame{'s' * (row['frames'] > 1)}"
+    if "ED" in row:
+        found = [f"{evaluate.index_name(k)} {format_number(1, row[k])} {unit}" for k, unit in INDICES.items()]
+        told += f", ED {row['ED']}, ES {row['ES']}; {', '.join(found)}"
+    tqdm.write(told)
     if row.get("warning"):
         warn(f"{row['file']}: {row['warning']}")
     return row
@@ -392,16 +385,11 @@ def predict(nets, inference, paths, out, **options):
 
 # ------------------------------------------------------------------------------------------------------ export, time
 
-class Exported(nn.Module):
+class Exported(models.UNet):
     """What the ONNX file computes: standardize and the network."""
 
-    def __init__(self, net):
-        super().__init__()
-        self.net = models.UNet(**net.architecture)
-        self.net.load_state_dict(net.state_dict())
-
     def forward(self, slices):
-        return self.net(models.standardize(slices))
+        return super().forward(models.standardize(slices))
 
 
 def export_onnx(net, path, metadata):
@@ -409,22 +397,17 @@ def export_onnx(net, path, metadata):
     range, standardised in the graph -> `logits` (n, num_classes, height, width). metadata: {str: str}. Returns the
     opset. Needs onnxscript; raises OSError."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)                             # it misses torchvision aloud
-    names = {0: "n", 2: "height", 3: "width"}
+    exported = Exported(**net.architecture).eval()
+    exported.load_state_dict(net.state_dict())
     example = torch.rand(2, net.architecture["in_channels"], 72, 88)
+    sizes = {i: torch.export.Dim(n) for i, n in {0: "n", 2: "height", 3: "width"}.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(Exported(net).eval(), (example,), input_names=["slices"], output_names=["logits"],
-                                    dynamic_shapes=[{i: torch.export.Dim(n) for i, n in names.items()}], dynamo=True,
-                                    verbose=False)
+        program = torch.onnx.export(exported, (example,), input_names=["slices"], output_names=["logits"],
+                                    dynamic_shapes=[sizes], dynamo=True, verbose=False)
     program.model.metadata_props.update(metadata)
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
-    try:
-        program.save(temporary)
-        with open(temporary, "r+b") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with staging(path.parent.resolve(strict=True), [path.name]) as folder:              # a folder must be there
+        program.save(folder / path.name)
     return program.model.opset_imports[""]
 
 
@@ -487,8 +470,8 @@ def print_times(net, inference, device):
               f"{sum(seconds):7.2f} s per cine of 30 frames of 10 slices ({where}, window {inference['size']})")
 
 
-def parse(argv):
-    parser = data_prep.Parser(prog="predict.py", description=__doc__.splitlines()[0], usage=(
+def parse(argv, kind=data_prep.Parser):
+    parser = kind(prog="predict.py", description=__doc__.splitlines()[0], usage=(
         "%(prog)s CHECKPOINT PATH... [options]\n       %(prog)s CHECKPOINT --onnx FILE | --time [options]"))
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="best.pt of a run")
     parser.add_argument("paths", nargs="*", metavar="PATH", help="NIfTI files, and folders of them, to segment")
@@ -526,7 +509,7 @@ def work(args):
     if args.time:
         return print_times(nets[0], inference, device)
     options = dict(find=args.find_heart, component=args.largest_component, entropy=args.entropy,
-                   spacing=args.spacing and tuple(args.spacing), axes=args.axes, usual=checkpoint.get("entropy", USUAL))
+                   spacing=args.spacing, axes=args.axes, usual=checkpoint.get("entropy", USUAL))
     with evaluate.names_target(args.out):
         return 1 if predict(nets, inference, args.paths, args.out, **options) else 0
 

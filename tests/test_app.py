@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -230,3 +231,86 @@ def test_a_volume_with_a_warning(open_page, cine, tmp_path):
     assert page.locator("#slice input[type=range]").is_visible()
     assert not page.locator("#frame").is_visible()
     assert not page.locator("#curve").is_visible()
+
+
+def test_what_the_header_does_not_tell(capsys, monkeypatch, open_page, server, cine, predicted, tmp_path):
+    """A file whose refusal asks for --spacing is segmented with the field filled, with predict.py's volumes; wrong text
+    gives predict.py's line; after a success the field is empty and the next file is read by its own header."""
+    nifti = nib.load(cine).slicer[..., 0]
+    nifti.header.set_zooms((0.008, 0.008, 0.008))                                          # metres, perhaps
+    nifti.set_sform(None, 0)
+    nifti.set_qform(None, 0)
+    nib.save(nifti, tmp_path / "metres.nii.gz")
+    monkeypatch.chdir(tmp_path)
+    spacing = [f"{mm:g}" for mm in nib.load(cine).header.get_zooms()[2::-1]]
+
+    def tell(expected, *options):
+        code = predict.main([str(CHECKPOINT), "metres.nii.gz", "--out", "out", *options])
+        assert code == expected
+        return capsys.readouterr().err.strip().removeprefix("predict.py: ")
+
+    def refuse(*options):
+        with pytest.raises(SystemExit) as end:
+            tell(0, *options)
+        assert end.value.code == 2
+        return capsys.readouterr().err.strip().removeprefix("predict.py: ")
+    page = open_page()
+    page.get_by_text("The header is wrong or silent").click()
+    fields = {name: page.locator(f"#{name} textarea, #{name} input") for name in ("spacing", "axes")}
+
+    def answer(spacing, axes=""):
+        fields["spacing"].fill(spacing)
+        fields["axes"].fill(axes)
+        before = page.input_value("#message textarea") if page.locator("#message textarea").count() else ""
+        drop(page, tmp_path / "metres.nii.gz")
+        page.wait_for_function("before => { const box = document.querySelector('#message textarea');"
+                               " return box && box.value && box.value != before }", arg=before)
+        return page.input_value("#message textarea")
+    told = answer("")
+    assert "--spacing" in told
+    assert told == tell(1)
+    assert answer("8 1") == refuse("--spacing", "8", "1")
+    assert answer("8 a 1") == refuse("--spacing", "8", "a", "1")
+    assert answer("8 0 1") == refuse("--spacing", "8", "0", "1")
+    assert answer("8 1 1 1") == "argument --spacing: invalid float value: '1 1'; see --help"
+    assert answer(" ".join(spacing), "xyy") == refuse("--axes", "xyy")
+    assert not page.locator("#image img").count()
+
+    assert tell(0, "--spacing", *spacing, "--axes", "xyz") == ""
+    fields["axes"].fill(" xyz ")
+    drop(page, tmp_path / "metres.nii.gz")
+    wait_for_slice(page)
+    row, = read_csv(tmp_path / "out" / "predictions.csv")
+    numbers = page.inner_text("#numbers")
+    volumes = re.search(r"LV, ml\s+([\d.]+)\s+([\d.]+)\s+([\d.]+)", numbers).groups()
+    assert volumes == tuple(f"{float(row[k]):.1f}" for k in predict.ML)
+    assert min(map(float, volumes)) > 20
+    with page.expect_download() as download:
+        page.get_by_text("Label map (NIfTI)").click()
+    download.value.save_as(tmp_path / "got.nii.gz")
+    got, expected = (gzip.decompress(p.read_bytes()) for p in (tmp_path / "got.nii.gz",
+                                                               tmp_path / "out" / "metres_seg.nii.gz"))
+    assert got == expected
+    assert [field.input_value() for field in fields.values()] == ["", ""]
+    drop(page, cine)
+    page.wait_for_function("() => document.querySelector('#numbers').innerText.includes('heart.nii.gz')")
+    row, = read_csv(predicted / "predictions.csv")
+    assert f"myocardium {float(row['myo_mass']):.1f} g" in page.inner_text("#numbers")
+
+
+def test_a_file_is_read_once(cine, monkeypatch, tmp_path):
+    """What is shown are the frames that were segmented and their labels: those of the label map."""
+    import app
+    reads, real = [], predict.read_scan
+    monkeypatch.setattr(predict, "read_scan", lambda *a: reads.append(a) or real(*a))
+    nets, checkpoint = evaluate.load_networks(CHECKPOINT)
+    source = nib.load(cine).slicer[..., 0]
+    nib.save(source, tmp_path / "still.nii.gz")
+    folder = tempfile.TemporaryDirectory(dir=tmp_path)
+    scan = app.segment(nets, checkpoint, tmp_path / "still.nii.gz", folder)
+    assert len(reads) == 1
+    frames, labels, spacing = scan.shown
+    np.testing.assert_array_equal(frames[0], np.asanyarray(source.dataobj).T)
+    np.testing.assert_array_equal(labels[0], np.asanyarray(nib.load(f"{scan.stem}_seg.nii.gz").dataobj).T)
+    assert labels.max() == 3
+    assert spacing == pytest.approx(source.header.get_zooms()[::-1])

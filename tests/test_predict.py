@@ -468,7 +468,7 @@ def test_calls_into_one_folder_add_to_one_table(capsys, monkeypatch, tmp_path, c
 
 def test_a_warning_of_a_file_is_told_and_listed(capsys, monkeypatch, tmp_path):
     row = dict(frames=1, axes="LPS", rv_ml=97.7, warning="look at the base")
-    monkeypatch.setattr(predict, "predict_file", lambda nets, source, *_, **__: dict(file=str(source)) | row)
+    monkeypatch.setattr(predict, "predict_file", lambda nets, source, *_, **__: [dict(file=str(source)) | row])
     source = tmp_path / "scan.nii"
     source.write_bytes(b"")
     assert predict.predict([], {}, [source], tmp_path / "out") == 0

@@ -82,7 +82,7 @@ def answer(student, source, folder, **options):
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in ((evaluate, "draw_overlay"), (predict, "draw_volumes")):
             patch.setattr(owner, name, lambda path, *_: path.write_text("drawn"))
-        row = predict.predict_file([net], source, folder / "out", inference, **options)
+        row, *_ = predict.predict_file([net], source, folder / "out", inference, **options)
     return row, np.asarray(nib.load(folder / "out_seg.nii.gz").dataobj)
 
 
