@@ -127,8 +127,7 @@ def readable(path, remedy=AGAIN):
 
 def require_room(path, numbers, claim, remedy=AGAIN):
     """Before an array of so many numbers is allocated: it is not empty, and no larger than the file can hold."""
-    room = DEFLATE * os.path.getsize(path)
-    require(0 < numbers <= room, path, f"{claim}, more than the file can hold", remedy)
+    require(0 < numbers <= DEFLATE * os.path.getsize(path), path, f"{claim}, more than the file can hold", remedy)
     ours = f"{claim}, above the limit of {MAX_VOXELS} voxels that is ours"
     require(numbers <= MAX_VOXELS, path, ours, "cut it to the heart or into parts, or raise MAX_VOXELS in data_prep.py")
 
@@ -252,7 +251,7 @@ def check_grid(path, truth, image):
 
 
 def read_patient(folder, needs_label, warnings=None):
-    """ED and ES of one raw patient, checked -> [(image (Z, Y, X) float32, 0..1; label uint8 or None; attributes)] * 2;
+    """ED and ES of a raw patient, checked -> [(image (Z, Y, X) float32, 0..1, label uint8 or None, attributes)] * 2;
     what looks odd is added to the list `warnings`."""
     info, frames, told = read_info(folder), [], [] if warnings is None else warnings
     for phase in PHASES:
@@ -295,8 +294,7 @@ def find_patients(raw):
 
 def read_array(path, h, key, ndim):
     """h[key] of an open HDF5 file; data outside the file (links, external and virtual storage) are refused."""
-    linked = not isinstance(h.get(key, getlink=True), h5py.HardLink)  # looked at before it is followed
-    d = None if linked else h[key]
+    d = h[key] if isinstance(h.get(key, getlink=True), h5py.HardLink) else None  # looked at before it is followed
     inside = isinstance(d, h5py.Dataset) and not d.external and not d.is_virtual
     require(inside, path, f"{key} is not in the file itself")
     numbers = len(d.shape or ()) == ndim and d.dtype.kind in "iuf"
@@ -347,10 +345,10 @@ def volume_paths(root, name):
     if path.is_file() or not (Path(root) / "train_slices.list").is_file():
         return [path]
     slices = [n for n in read_list(root, "train_slices", SLICE) if n.startswith(f"{name}_slice_")]
-    slices.sort(key=lambda n: int(n.rpartition("_")[2]))
-    whole = slices == [f"{name}_slice_{z}" for z in range(1, len(slices) + 1)]
-    require(whole, Path(root) / "train_slices.list", f"lacks slices of {name} between 1 and {len(slices)}")
-    return [h5_path(root, n) for n in slices] or [path]
+    whole = [f"{name}_slice_{z}" for z in range(1, len(slices) + 1)]
+    lacks = f"lacks slices of {name} between 1 and {len(slices)}"
+    require(sorted(slices) == sorted(whole), Path(root) / "train_slices.list", lacks)
+    return [h5_path(root, n) for n in whole] or [path]
 
 
 def read_volume(root, name):
@@ -375,7 +373,7 @@ def first_patients(names, k):
 
 
 def read_slices(root, names=None):
-    """Yields training slices (name, image (Y, X) float32, label (Y, X) uint8): `names`, or all of train_slices.list."""
+    """Yields (name, image (Y, X) float32, label (Y, X) uint8) of training slices: `names`, or all that are listed."""
     for name in read_list(root, "train_slices", SLICE) if names is None else names:
         image, label, _ = read_h5(h5_path(root, name), 2)
         require(label is not None, h5_path(root, name), "holds no label")
@@ -585,7 +583,7 @@ def check(root):
             continue  # the community has none
         with noted(faults):
             lists[name] = read_list(root, name, SLICE if name == "train_slices" else VOLUME)
-    owners = {entry[:10]: name for name, entries in reversed(lists.items()) for entry in entries}  # the first list wins
+    owners = {entry[:10]: name for name, entries in reversed(lists.items()) for entry in entries}  # the first has it
     for name, text in (*check_lists(lists, owners), *check_slices(lists)):
         faults.append(f"{root / name}.list: {text}; {AGAIN}")
 

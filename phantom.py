@@ -19,8 +19,7 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
-import data_prep
-from data_prep import SPLIT, Parser, exit_code, require, run_parallel, workspace, write_atomic
+from data_prep import SPLIT, Parser, convert, exit_code, print_counts, require, run_parallel, workspace, write_atomic
 
 MARKER = "phantom.json"  # in OUT: what the cohort was made of
 
@@ -210,7 +209,7 @@ def prepare_demo(data):
         others = {p.name for p in Path(data).glob("*")} - {"raw", ".lock"}
         require(not others or (raw / MARKER).is_file(), data, "holds other data", "remove it or choose another --data")
         make_phantom(raw)
-        data_prep.print_counts(data_prep.convert(raw, data, allow_missing=True))
+        print_counts(convert(raw, data, allow_missing=True))
         print(f"{data}: made in {time.perf_counter() - start:.1f} s")
 
     return exit_code("phantom.py", work)

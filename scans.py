@@ -200,12 +200,13 @@ def read_scan(source, spacing=None, axes=None):
     array, zooms, nifti = data_prep.load_nifti(source, judged=False)
     refuse_labels(source, array)
     array, warnings = array.T, []                                    # in the file's order of axes
-    if array.ndim == 4 and array.shape[3] == 1 and not axes:
+    if axes:
+        if len(axes) > array.ndim:
+            axes = axes.replace("t", "")
+        if len(axes) != array.ndim:
+            raise DataError(f"{source}: has {array.ndim} axes, --axes {axes} names {len(axes)}; name each once")
+    elif array.ndim == 4 and array.shape[3] == 1:
         array = array[..., 0]
-    if axes and len(axes) > array.ndim:
-        axes = axes.replace("t", "")
-    if axes and len(axes) != array.ndim:
-        raise DataError(f"{source}: has {array.ndim} axes, --axes {axes} names {len(axes)}; name each once")
     zooms = spacing[::-1] if spacing else header_spacing(source, zooms[::-1], nifti)
     plane = doubts((1, *array.shape[1::-1]), (1, *zooms[1::-1]))
     zooms = (*zooms, *(float(z) for z in nifti.header.get_zooms()[3:4]))
