@@ -15,7 +15,6 @@ Is the Problem Solved?", IEEE TMI 37(11), 2018. Layout and split: https://github
 import argparse
 import errno
 import hashlib
-import itertools
 import json
 import math
 import multiprocessing.connection
@@ -27,7 +26,6 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -59,8 +57,7 @@ VOLUME, SLICE = r"patient\d{3}_frame\d\d", r"patient\d{3}_frame\d\d_slice_[1-9]\
 MAX_VOXELS = 2**28  # 1 GiB in float32; a cine of 256 x 256 x 10 x 30 has 2**24
 DEFLATE = 1100  # zlib shrinks 1032 times at most: a file that claims more than that lies
 NIFTI_STARTS = {n.to_bytes(4, order) for n in (348, 540) for order in ("little", "big")}  # the header's own length
-FETCH, AGAIN = "fetch the file again", "prepare the data again"  # remedies
-RESTORE = "restore it from the release"
+FETCH, AGAIN, RESTORE = "fetch the file again", "prepare the data again", "restore it from the release"  # remedies
 MAX_TAIL = 2**20  # bytes that a .nii.gz may hold behind its voxels
 FEW = 30  # pixels of a class, below which nothing is judged by it
 FACTS = {  # what an annotated volume has: refused outside of the first range, warned about outside of the second
@@ -94,11 +91,6 @@ def one_line(error):
     return " ".join(str(error).split())[:160] or type(error).__name__
 
 
-def out_of_memory(error):
-    """Whether an allocator refused, of a GPU or not: torch also says so in a RuntimeError."""
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "alloc" in str(error).lower())
-
-
 def exit_code(prog, work, errors=(), interrupted="run it again to go on", memory="close other programs"):
     """work() of a script -> its exit code (None: 0). A user's error (DataError, OSError and `errors`) and want of
     memory are one line on stderr and 2, Ctrl-C one line and 130; `interrupted` and `memory` say what helps."""
@@ -108,8 +100,8 @@ def exit_code(prog, work, errors=(), interrupted="run it again to go on", memory
         text, code = " ".join(str(e).split()), 2
     except KeyboardInterrupt:
         text, code = f"interrupted; {interrupted}", 130
-    except (RuntimeError, MemoryError) as e:
-        if not out_of_memory(e):
+    except (RuntimeError, MemoryError) as e:  # torch's allocators refuse in a RuntimeError
+        if isinstance(e, RuntimeError) and "alloc" not in str(e).lower():
             raise
         text, code = f"out of memory ({one_line(e)}); {memory}", 2
     print(f"{prog}: {text}", file=sys.stderr)
@@ -135,8 +127,7 @@ def readable(path, remedy=AGAIN):
 
 def require_room(path, numbers, claim, remedy=AGAIN):
     """Before an array of so many numbers is allocated: it is not empty, and no larger than the file can hold."""
-    room = DEFLATE * os.path.getsize(path)
-    require(0 < numbers <= room, path, f"{claim}, more than the file can hold", remedy)
+    require(0 < numbers <= DEFLATE * os.path.getsize(path), path, f"{claim}, more than the file can hold", remedy)
     ours = f"{claim}, above the limit of {MAX_VOXELS} voxels that is ours"
     require(numbers <= MAX_VOXELS, path, ours, "cut it to the heart or into parts, or raise MAX_VOXELS in data_prep.py")
 
@@ -166,15 +157,15 @@ def judge(path, measured, spacing):
     """A volume's measure() -> warnings, where it lies at the edge of FACTS; DataError beyond. What is not labelled,
     or on few pixels, is not judged; without spacing, pixels are taken for mm."""
     pairs, (rv, myo, lv), warnings = measured[:4], measured[4:], []
-    enough = measured[4:, 0] >= FEW
     with np.errstate(divide="ignore", invalid="ignore"):  # NaN is neither below nor above
         touching = pairs[:, 2] / (pairs.sum(1) - pairs.diagonal())
         right = (lv[1] / lv[0] - rv[1] / rv[0]) * (spacing[-1] if spacing else 1)
         n, _, total, squares = lv + myo
         brighter = (lv[2] / lv[0] - myo[2] / myo[0]) / np.sqrt(squares / n - (total / n) ** 2)
+    enough = measured[4:, 0] >= FEW
     judged = enough[[1, 0, 0, 1]] & enough[[2, 1, 2, 2]]  # the two classes that each of FACTS is about
-    values = np.array([touching[3], touching[1], right, brighter])
-    for (what, (gross, usual)), value in itertools.compress(zip(FACTS.items(), values, strict=True), judged):
+    values = np.where(judged, (touching[3], touching[1], right, brighter), np.nan)
+    for (what, (gross, usual)), value in zip(FACTS.items(), values, strict=True):
         text = f"{value:.2f} {what}, usual is {usual[0]} to {usual[1]}"
         remedy = "is the annotation mirrored, shifted, or not 1 RV, 2 MYO, 3 LV?"
         require(not (value < gross[0] or value > gross[1]), path, text, remedy)
@@ -184,7 +175,6 @@ def judge(path, measured, spacing):
 
 
 # ------------------------------------------------------------------------------------------------------------------ raw
-
 
 def load_nifti(path, judged=True):
     """NIfTI -> (array (Z, Y, X) or (T, Z, Y, X) in the file's dtype, spacing (z, y, x) in mm, the nibabel image).
@@ -205,46 +195,38 @@ def load_nifti(path, judged=True):
         require(min(shape, default=0) > 0, path, kind, FETCH)
         time = [n for n in shape[3:] if n > 1] or [1] * (len(shape) > 3)
         require(len(shape) >= 3 and len(time) < 2, path, kind, "give it as (x, y, z) or (x, y, z, t)")
-        real = "save the magnitude of complex numbers, one channel of colours"
-        require(dtype.kind in "iuf", path, f"holds {dtype}, not real numbers", real)
+        remedy = "save the magnitude of complex numbers, one channel of colours"
+        require(dtype.kind in "iuf", path, f"holds {dtype}, not real numbers", remedy)
         require_room(path, math.prod(shape), f"the header claims {shape}", FETCH)
-        array = read_voxels(path, image, zipped).reshape(*time, *shape[2::-1])
+        with image.file_map["image"].get_prepare_fileobj("rb") as f:
+            data = image.dataobj
+            layout = data.shape, data.dtype, data.offset, data.slope, data.inter
+            array = np.asanyarray(nib.arrayproxy.ArrayProxy(f.fobj, layout)).T.reshape(*time, *shape[2::-1])
+            tail = f.read(MAX_TAIL + 1) if zipped else b""  # gzip compares its checksum at the end of the file
+        require(len(tail) <= MAX_TAIL, path, f"goes on for more than {MAX_TAIL} bytes behind its voxels", FETCH)
         with (image.file_map.get("header") or image.file_map["image"]).get_prepare_fileobj("rb") as f:
             header = type(image.header).from_fileobj(f, check=False)  # checked, a zoom of 0 would become 1 mm
         spacing = tuple(abs(float(z)) for z in header.get_zooms()[2::-1])
-    sound = not judged or all(0 < z < math.inf for z in spacing)
-    require(sound, path, f"spacing {spacing} mm", "write the true zooms into it")
+    given = all(0 < z < math.inf for z in spacing)
+    require(given or not judged, path, f"spacing {spacing} mm", "write the true zooms into it")
     bad = array.size - np.count_nonzero(np.isfinite(array))
     require(not bad, path, f"{bad} voxels are NaN or infinity", "write numbers there: numpy.nan_to_num makes NaN 0")
     return array, spacing, image
 
 
-def read_voxels(path, image, zipped):
-    """The image's array, its axes reversed. A .nii.gz is read to its end, where gzip compares its checksum; nibabel
-    stops behind the voxels."""
-    data = image.dataobj
-    with image.file_map["image"].get_prepare_fileobj("rb") as f:
-        layout = data.shape, data.dtype, data.offset, data.slope, data.inter
-        array = np.asanyarray(nib.arrayproxy.ArrayProxy(f.fobj, layout)).T
-        tail = f.read(MAX_TAIL + 1) if zipped else b""
-    require(len(tail) <= MAX_TAIL, path, f"goes on for more than {MAX_TAIL} bytes behind its voxels", FETCH)
-    return array
-
-
 def read_info(folder):
     """Info.cfg of a patient's folder -> {"ED": 1, "ES": 12, "Group": "DCM", ...}."""
-    path, remedy = Path(folder) / "Info.cfg", RESTORE
-    with readable(path, remedy), open(path, "rb") as f:
+    path = Path(folder) / "Info.cfg"
+    with readable(path, RESTORE), open(path, "rb") as f:
         text = f.read(65536)
     code = "utf-16" if text[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"  # a byte-order mark of Windows
-    lines = text.decode(code, "replace").splitlines()
-    pairs = [line.partition(":") for line in lines]
+    pairs = [line.partition(":") for line in text.decode(code, "replace").splitlines()]
     info = {key.strip(): value.strip() for key, _, value in pairs}
     for phase in PHASES:
-        require(re.fullmatch("[0-9]{1,4}", info.get(phase, "")), path, f"no frame number for {phase}", remedy)
+        require(re.fullmatch("[0-9]{1,4}", info.get(phase, "")), path, f"no frame number for {phase}", RESTORE)
         info[phase] = int(info[phase])
-    require(info["ED"] != info["ES"], path, f"ED and ES are both frame {info['ED']}", remedy)
-    require(re.fullmatch(r"\w{1,32}", info.get("Group", "")), path, "no Group", remedy)
+    require(info["ED"] != info["ES"], path, f"ED and ES are both frame {info['ED']}", RESTORE)
+    require(re.fullmatch(r"\w{1,32}", info.get("Group", "")), path, "no Group", RESTORE)
     return info
 
 
@@ -268,36 +250,30 @@ def check_grid(path, truth, image):
     require(same_numbers(zooms, expected), path, f"zooms {zooms}, but the image's are {expected}", remedy)
 
 
-def read_frame(path, needs_label, warnings):
-    """One raw frame with its annotation -> (image (Z, Y, X) float32, 0..1; label uint8 or None; spacing)."""
-    truth, label = raw_file(path.parent, f"{path.name.partition('.')[0]}_gt"), None
-    array, spacing, header = load_nifti(path)
-    require(array.ndim == 3, path, f"{array.ndim}D where one 3D frame belongs", RESTORE)
-    with np.errstate(over="ignore", invalid="ignore"):  # refused below
-        image = array.astype(np.float32)
-        low, high = image.min(), image.max()
-        span = high - low
-    require(0 < span < np.inf, path, f"every voxel is {low} or the range overflows", FETCH)
-    image = (image - low) / span
-    if needs_label or truth.exists():
-        label, _, its_header = load_nifti(truth)
-        label = checked_label(truth, label, image, RESTORE)
-        check_grid(truth, its_header, header)
-        warnings += judge(truth, measure(image, label), spacing)
-    return image, label, spacing
-
-
 def read_patient(folder, needs_label, warnings=None):
-    """ED and ES of one raw patient, checked -> [(image (Z, Y, X) float32, label uint8 or None, attributes)] * 2; what
-    looks odd is added to the list `warnings`."""
-    info, frames, warnings = read_info(folder), [], [] if warnings is None else warnings
+    """ED and ES of a raw patient, checked -> [(image (Z, Y, X) float32, 0..1, label uint8 or None, attributes)] * 2;
+    what looks odd is added to the list `warnings`."""
+    info, frames, told = read_info(folder), [], [] if warnings is None else warnings
     for phase in PHASES:
-        path = raw_file(folder, f"{folder.name}_frame{info[phase]:02d}")
+        name = f"{folder.name}_frame{info[phase]:02d}"
+        path, truth, label = raw_file(folder, name), raw_file(folder, f"{name}_gt"), None
         require(path.exists(), path, f"absent, but Info.cfg says {phase}: {info[phase]}", RESTORE)
-        image, label, spacing = read_frame(path, needs_label, warnings)
-        attrs = {"spacing": spacing, "group": info["Group"], "source": f"{folder.name}/{path.name}"}
+        array, spacing, header = load_nifti(path)
+        require(array.ndim == 3, path, f"{array.ndim}D where one 3D frame belongs", RESTORE)
+        with np.errstate(over="ignore", invalid="ignore"):  # refused below
+            image = array.astype(np.float32)
+            low, high = image.min(), image.max()
+            span = high - low
+        require(0 < span < np.inf, path, f"every voxel is {low} or the range overflows", FETCH)
+        image = (image - low) / span
+        if needs_label or truth.exists():
+            label, _, its_header = load_nifti(truth)
+            label = checked_label(truth, label, image, RESTORE)
+            check_grid(truth, its_header, header)
+            told += judge(truth, measure(image, label), spacing)
         first = frames[0][2]["spacing"] if frames else spacing
         require(same_numbers(first, spacing), path, f"spacing {spacing} mm, but at ED {first}", RESTORE)
+        attrs = {"spacing": spacing, "group": info["Group"], "source": f"{folder.name}/{path.name}"}
         frames.append((image, label, attrs))
     return frames
 
@@ -316,11 +292,9 @@ def find_patients(raw):
 
 # ------------------------------------------------------------------------------------------------------------- prepared
 
-
 def read_array(path, h, key, ndim):
     """h[key] of an open HDF5 file; data outside the file (links, external and virtual storage) are refused."""
-    linked = not isinstance(h.get(key, getlink=True), h5py.HardLink)  # looked at before it is followed
-    d = None if linked else h[key]
+    d = h[key] if isinstance(h.get(key, getlink=True), h5py.HardLink) else None  # looked at before it is followed
     inside = isinstance(d, h5py.Dataset) and not d.external and not d.is_virtual
     require(inside, path, f"{key} is not in the file itself")
     numbers = len(d.shape or ()) == ndim and d.dtype.kind in "iuf"
@@ -371,10 +345,10 @@ def volume_paths(root, name):
     if path.is_file() or not (Path(root) / "train_slices.list").is_file():
         return [path]
     slices = [n for n in read_list(root, "train_slices", SLICE) if n.startswith(f"{name}_slice_")]
-    slices.sort(key=lambda n: int(n.rpartition("_")[2]))
-    whole = slices == [f"{name}_slice_{z}" for z in range(1, len(slices) + 1)]
-    require(whole, Path(root) / "train_slices.list", f"lacks slices of {name} between 1 and {len(slices)}")
-    return [h5_path(root, n) for n in slices] or [path]
+    whole = [f"{name}_slice_{z}" for z in range(1, len(slices) + 1)]
+    lacks = f"lacks slices of {name} between 1 and {len(slices)}"
+    require(sorted(slices) == sorted(whole), Path(root) / "train_slices.list", lacks)
+    return [h5_path(root, n) for n in whole] or [path]
 
 
 def read_volume(root, name):
@@ -398,11 +372,8 @@ def first_patients(names, k):
     return patients[:k]
 
 
-def read_slices(root, names=None) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Training slices as (name, image (Y, X) float32, label (Y, X) uint8): `names`, or all of train_slices.list.
-
-    The patient is name[:10]; the first k distinct ones are those of `--labeled k`.
-    """
+def read_slices(root, names=None):
+    """Yields (name, image (Y, X) float32, label (Y, X) uint8) of training slices: `names`, or all that are listed."""
     for name in read_list(root, "train_slices", SLICE) if names is None else names:
         image, label, _ = read_h5(h5_path(root, name), 2)
         require(label is not None, h5_path(root, name), "holds no label")
@@ -410,7 +381,6 @@ def read_slices(root, names=None) -> Iterator[tuple[str, np.ndarray, np.ndarray]
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
-
 
 def write_atomic(path, data):
     """Bytes to a file that appears whole or not at all; a file that holds them already is left alone."""
@@ -520,13 +490,10 @@ def locked_folder(path):
 
 @contextmanager
 def workspace(out, names):
-    """OUT for one run that makes `names` there: locked, and on an error without what this run has added.
-
-    Ctrl-C and kills leave the finished files: the next run goes on from them.
-    """
+    """OUT for one run that makes `names` there: locked, and on an error without what this run has added. Ctrl-C and
+    kills leave the finished files: the next run goes on from them."""
     def ours():
-        tops = [top for name in names for top in out.glob(name)]
-        return {p for top in tops for p in (top, *top.rglob("*"))}
+        return {p for name in names for p in (*out.glob(name), *out.glob(f"{name}/**/*"))}
 
     try:
         with locked_folder(out):
@@ -546,44 +513,24 @@ def workspace(out, names):
 
 
 def convert_patient(folder, split, out):
-    """Write what is not there yet of one patient (same arrays, same bytes) -> [(path below OUT, checksum, slices)],
-    warnings."""
-    files, warnings = [], []
+    """Write what is not there yet of one patient (same arrays, same bytes) -> {path below OUT: checksum}, number of
+    slices, warnings."""
+    sums, slices, warnings = {}, 0, []
     for number, (image, label, attrs) in enumerate(read_patient(folder, split != "official", warnings), 1):
         name = f"{folder.name}_frame{number:02d}"
-        parts = [(f"data/{name}.h5", image, label)]
+        files = {f"data/{name}.h5": (image, label)}
         if split == "train":
-            parts = [(f"data/slices/{name}_slice_{s + 1}.h5", image[s], label[s]) for s in range(len(image))]
-        for file, x, y in parts:
-            write_atomic(out / file, h5_bytes(x, y, attrs))
-            files.append((file, checksum(x, y), len(x) if x.ndim == 3 else 1))
-    return files, warnings
-
-
-def describe(split, files, missing):
-    """Of what was made, files[patient] = [(path, checksum, slices)] -> the lists by name and the manifest."""
-    # The community lists a volume's slices as its file system returned them; ours ascend. Volumes: its order.
-    lists = {s: [f"{p}_frame{n:02d}" for p in ids for n in (1, 2)] for s, ids in split.items()}
-    counts = {}
-    for s, ids in split.items():
-        slices = sum(n for p in ids for _, _, n in files[p])
-        counts[s] = {"patients": len(ids), "volumes": len(lists[s]), "slices": slices}
-    lists["train_slices"] = [Path(path).stem for p in split["train"] for path, _, _ in files[p]]
-    versions = {m.__name__: m.__version__ for m in (np, h5py, nib)}
-    return lists, {
-        "counts": counts,
-        "split": split,
-        "missing": missing,
-        "versions": {"python": platform.python_version(), **versions},
-        "sha256": {path: sha for made in files.values() for path, sha, _ in made},
-    }
+            files = {f"data/slices/{name}_slice_{s + 1}.h5": (image[s], label[s]) for s in range(len(image))}
+        for file, arrays in files.items():
+            write_atomic(out / file, h5_bytes(*arrays, attrs))
+            sums[file] = checksum(*arrays)
+        slices += len(image)
+    return sums, slices, warnings
 
 
 def convert(raw, out, allow_missing=False, workers=None):
     """Raw ACDC -> prepared folder; returns the manifest. Patients that RAW lacks are an error without `allow_missing`.
-
-    A second run leaves finished files alone and makes the rest.
-    """
+    A second run leaves finished files alone and makes the rest."""
     found, out = find_patients(raw), Path(out)
     split = {s: [p for p in ids if p in found] for s, ids in SPLIT.items()}
     missing = [p for ids in SPLIT.values() for p in ids if p not in found]
@@ -591,15 +538,23 @@ def convert(raw, out, allow_missing=False, workers=None):
     require(allow_missing or not missing, raw, lacks, "add them or pass --allow-missing")
     require(any(split.values()), raw, "holds none of ACDC's 150 patients", "give the folder that holds them")
 
-    jobs = [(found[p], s, out) for s, ids in split.items() for p in ids]
+    jobs = {p: (found[p], s, out) for s, ids in split.items() for p in ids}
     with workspace(out, ("data", "*.list", "manifest.json")):
-        made = run_parallel(convert_patient, jobs, workers, "convert")
-        files = {job[0].name: result for job, (result, _) in zip(jobs, made, strict=True)}
-        lists, manifest = describe(split, files, missing)
+        made = dict(zip(jobs, run_parallel(convert_patient, [*jobs.values()], workers, "convert"), strict=True))
+        lists, counts = {}, {}
+        for s, ids in split.items():
+            lists[s] = [f"{p}_frame{n:02d}" for p in ids for n in (1, 2)]
+            slices = sum(made[p][1] for p in ids)
+            counts[s] = {"patients": len(ids), "volumes": len(lists[s]), "slices": slices}
+        # The community lists a volume's slices as its file system returned them; ours ascend. Volumes: its order.
+        lists["train_slices"] = [Path(file).stem for p in split["train"] for file in made[p][0]]
         for name, lines in lists.items():
             write_atomic(out / f"{name}.list", "".join(f"{line}\n" for line in lines).encode())
+        versions = {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (np, h5py, nib)}}
+        sha256 = {file: sha for sums, _, _ in made.values() for file, sha in sums.items()}
+        manifest = dict(counts=counts, split=split, missing=missing, versions=versions, sha256=sha256)
         write_atomic(out / "manifest.json", f"{json.dumps(manifest, indent=1)}\n".encode())  # last: all is there
-    warn(text for _, warnings in made for text in warnings)
+    warn(text for _, _, warnings in made.values() for text in warnings)
     return manifest
 
 
@@ -609,7 +564,6 @@ def warn(texts):
 
 
 # ---------------------------------------------------------------------------------------------------------------- check
-
 
 @contextmanager
 def noted(faults):
@@ -629,24 +583,22 @@ def check(root):
             continue  # the community has none
         with noted(faults):
             lists[name] = read_list(root, name, SLICE if name == "train_slices" else VOLUME)
-    owners = {}  # patient: the first list that has it
-    for name, entries in lists.items():
-        for entry in entries:
-            owners.setdefault(entry[:10], name)
+    owners = {entry[:10]: name for name, entries in reversed(lists.items()) for entry in entries}  # the first has it
     for name, text in (*check_lists(lists, owners), *check_slices(lists)):
         faults.append(f"{root / name}.list: {text}; {AGAIN}")
 
-    with noted(faults):
-        sums = read_checksums(root)
+    manifest = root / "manifest.json"
+    if manifest.exists():  # the community has none
+        with noted(faults), readable(manifest):
+            sums = dict(json.loads(manifest.read_bytes())["sha256"].items())
     names = list(lists.get("train_slices", ()))
-    for split, entries in lists.items():
-        if split not in ("train", "train_slices"):
-            names += [name for name in entries if owners[name[:10]] == split]
+    for split in ("val", "test", "official"):
+        names += [name for name in lists.get(split, ()) if owners[name[:10]] == split]
     files = {h5_path(root, name).relative_to(root).as_posix(): name for name in names}
     odd = sorted(set(sums) ^ set(files))
     if sums and odd and not faults:
         text = f"{len(odd)} files are in it or in the lists, but not in both, first {odd[0]!r}"
-        faults.append(f"{root / 'manifest.json'}: {text}; {AGAIN}")
+        faults.append(f"{manifest}: {text}; {AGAIN}")
     for file, name in tqdm(files.items(), desc="check", unit="file", disable=None):
         with noted(faults):
             image, label, attrs = read_h5(root / file, 2 if "_slice_" in name else 3)
@@ -654,14 +606,9 @@ def check(root):
             same = file not in sums or sums[file] == checksum(image, label)
             require(same, root / file, "the content is not what manifest.json says")
             if label is not None:
-                before = volumes[name[:18]][0] if name[:18] in volumes else 0
+                before = volumes.get(name[:18], [0])[0]
                 volumes[name[:18]] = before + measure(image, label), attrs.get("spacing"), root / file
-    check_volumes(volumes, faults)
-    return faults
 
-
-def check_volumes(volumes, faults):
-    """volumes[name] = (measure() of its slices, spacing or None, the last of its files): annotation, ED against ES."""
     for name, (measured, spacing, path) in volumes.items():
         with noted(faults):
             warn(judge(path, measured, spacing))
@@ -669,6 +616,7 @@ def check_volumes(volumes, faults):
         with noted(faults):
             same = None in (first, spacing) or same_numbers(first, spacing)
             require(same, path, f"spacing {spacing} mm, but at ED {first}")
+    return faults
 
 
 def check_lists(lists, owners):
@@ -691,13 +639,11 @@ def check_slices(lists):
     """-> [(list, fault)]: train_slices.list has the volumes of train.list in its order, each with slices 1, 2, 3..."""
     if not {"train", "train_slices"} <= lists.keys():
         return []  # not readable
-    train, numbers, faults = list(dict.fromkeys(lists["train"])), {}, []
+    train, numbers = list(dict.fromkeys(lists["train"])), {}
     for name in dict.fromkeys(lists["train_slices"]):
         volume, _, number = name.partition("_slice_")
         numbers.setdefault(volume, []).append(int(number))
-    for volume in numbers:
-        if volume not in train:
-            faults.append(f"{volume} is not in train.list")
+    faults = [f"{volume} is not in train.list" for volume in numbers if volume not in train]
     for volume in train:
         have = sorted(numbers.get(volume, ()))
         if not have or have != list(range(1, len(have) + 1)):
@@ -707,17 +653,7 @@ def check_slices(lists):
     return [("train_slices", text) for text in faults]
 
 
-def read_checksums(root):
-    """{path below ROOT: SHA-256} from manifest.json; empty for the community's copy."""
-    path = root / "manifest.json"
-    if not path.exists():
-        return {}
-    with readable(path):
-        return {str(file): sha for file, sha in json.loads(path.read_bytes())["sha256"].items()}
-
-
 # --------------------------------------------------------------------------------------------------------- command line
-
 
 class Parser(argparse.ArgumentParser):
     def parse_args(self, *args):

@@ -226,24 +226,25 @@ def segment_volume(net, volume, size, view="heart", batch=16, return_probs=False
         grid = [max(1, round(n * f)) for f, n in zip(zoom, extent, strict=True)]
     middle = [n / 2 for n in full] if center is None else center
     top, left = (min(max(0, int(c - e / 2)), n - e) for c, e, n in zip(middle, extent, full, strict=True))
-    inside = (slice(top, top + extent[0]), slice(left, left + extent[1]))
+    rows, columns = slice(top, top + extent[0]), slice(left, left + extent[1])
+    resampled = tuple(grid) != tuple(extent)
     labels = torch.zeros(len(slices), *full, dtype=torch.uint8)
     probs = torch.zeros(len(slices), net.architecture["num_classes"], *full) if return_probs else None
     training = net.training
     net.eval()
     for i in range(0, len(slices), batch):
-        window = slices[(slice(i, i + batch), slice(None), *inside)].to(device)
-        resampled = tuple(grid) != tuple(window.shape[-2:])
+        some = slice(i, i + batch)
+        window = slices[some, :, rows, columns].to(device)
         if resampled:
             window = F.interpolate(window, grid, mode="bilinear", antialias=True)
         logits = net(standardize(window).contiguous(memory_format=torch.channels_last)).float()
         if resampled:
             logits = F.interpolate(logits, extent, mode="bilinear")
         part = logits.softmax(1)
-        labels[(slice(i, i + batch), *inside)] = part.max(1).indices.to(torch.uint8).cpu()       # faster than argmax
+        labels[some, rows, columns] = part.max(1).indices.to(torch.uint8).cpu()               # faster than argmax
         if return_probs:
-            probs[i:i + batch, 0] = 1                                         # outside the window: background
-            probs[(slice(i, i + batch), slice(None), *inside)] = part.cpu()
+            probs[some, 0] = 1                                                # outside the window: background
+            probs[some, :, rows, columns] = part.cpu()
     net.train(training)
     return (labels.numpy(), probs.numpy()) if return_probs else labels.numpy()
 
@@ -356,8 +357,8 @@ def load_checkpoint(path):
     except Exception as error:                           # torch.load raises a dozen kinds for damaged or foreign files
         kind = type(error).__name__
         raise CheckpointError(f"{path}: damaged, or not a checkpoint of tensors ({kind}); train it again") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format") if isinstance(content, dict) else None
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT:
         raise CheckpointError(f"{path}: format {found!r} where {FORMAT!r} is expected; not written by this version")
     return content
 

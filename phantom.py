@@ -19,8 +19,7 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
-import data_prep
-from data_prep import SPLIT, Parser, exit_code, require, run_parallel, workspace, write_atomic
+from data_prep import SPLIT, Parser, convert, exit_code, print_counts, require, run_parallel, workspace, write_atomic
 
 MARKER = "phantom.json"  # in OUT: what the cohort was made of
 
@@ -39,7 +38,7 @@ class Chest:
     def __init__(self, rng, shape, pixel):
         self.rng, self.shape, self.pixel = rng, shape, pixel
         vary, texture = self.vary, self.texture
-        z, y, x = np.ogrid[tuple(slice(0, n) for n in shape)]
+        z, y, x = np.ogrid[: shape[0], : shape[1], : shape[2]]
         self.t = t = 0.02 + 0.9 * z / (shape[0] - 1)  # (Z, 1, 1) along the long axis: 0 base, 1 apex of the ED cavity
         u, v = (x - shape[2] / 2) * pixel, (y - shape[1] / 2) * pixel  # (1, 1, X), (1, Y, 1) mm right and down
         self.bias = sum(rng.normal(0, 0.15) * f for f in (u / 100, v / 100, u * v / 1e4, u**2 / 1e4))
@@ -189,16 +188,15 @@ def make_phantom(out, patients=20, seed=0, workers=None):
     require(6 <= patients <= 80, "--patients", f"{patients} is out of range", "give 6 to 80")
     require(seed >= 0, "--seed", f"{seed} is negative", "give 0 or more")
     out = Path(out)
-    marker = out / MARKER
     val, test = patients * 3 // 20 or 1, patients * 6 // 20
     parts = {"train": patients - val - test - 2, "val": val, "test": test, "official": 1}
     names = ["patient090", *(p for s, n in parts.items() for p in SPLIT[s][:n])]  # 090: ED is not the first frame
     mark = json.dumps({"phantom": 1, "patients": patients, "seed": seed}).encode()
     with workspace(out, ("training", "testing", MARKER)):
         empty = all(p.name == ".lock" for p in out.iterdir())
-        same = marker.is_file() and marker.read_bytes() == mark
+        same = (out / MARKER).is_file() and (out / MARKER).read_bytes() == mark
         require(empty or same, out, "holds other data", "remove it or choose another OUT")
-        write_atomic(marker, mark)
+        write_atomic(out / MARKER, mark)
         jobs = [(out / ("testing" if p > "patient100" else "training") / p, seed) for p in names]
         run_parallel(write_patient, jobs, workers, "phantom")
 
@@ -211,7 +209,7 @@ def prepare_demo(data):
         others = {p.name for p in Path(data).glob("*")} - {"raw", ".lock"}
         require(not others or (raw / MARKER).is_file(), data, "holds other data", "remove it or choose another --data")
         make_phantom(raw)
-        data_prep.print_counts(data_prep.convert(raw, data, allow_missing=True))
+        print_counts(convert(raw, data, allow_missing=True))
         print(f"{data}: made in {time.perf_counter() - start:.1f} s")
 
     return exit_code("phantom.py", work)

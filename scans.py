@@ -50,8 +50,7 @@ class Scan(NamedTuple):
     def forth(self, array):
         """An array of the file's shape -> (T, Z, Y, X), as `back` undoes it."""
         sizes = dict(zip("tzyx", self.frames.shape, strict=True))
-        named = array.T.reshape([sizes[c] for c in self.axes[::-1]]).T
-        return named.transpose([self.axes.index(c) for c in "tzyx" if c in self.axes]).reshape(self.frames.shape)
+        return as_frames(array.T.reshape([sizes[c] for c in self.axes[::-1]]).T, self.axes)
 
 
 def refuse_labels(source, array):
@@ -94,17 +93,13 @@ def repeats(images):
         n > 3 and n % 2 == 0 and like(1, 0, 2) - like(1, 1, 2) > PAIRS)
 
 
-def alike(images):
-    return float(np.median(likeness(images)))
-
-
 def contrast(frames):
     """(T, Z, Y, X) -> how much more alike the frames of a slice are than the slices of a frame; below 0 where T and Z
     are exchanged, 0 where one of them is 1."""
     if min(frames.shape[:2]) == 1:
         return 0.0
-    over_time = [alike(frames[:, z]) for z in range(frames.shape[1])]
-    over_space = [alike(frame) for frame in frames[:: max(1, len(frames) // 8)]]
+    over_time = [np.median(likeness(images)) for images in frames.swapaxes(0, 1)]
+    over_space = [np.median(likeness(images)) for images in frames[:: max(1, len(frames) // 8)]]
     return float(np.median(over_time) - np.median(over_space))
 
 
@@ -157,8 +152,7 @@ def unfold(array):
 
 def orders(ndim):
     """What the axes of a file can be, the usual first: "xyzt", "xytz", ..."""
-    rest = "zt"[: ndim - 2]
-    found = ["".join(p) for p in itertools.permutations("xy" + rest) if p.index("x") < p.index("y")]
+    found = ["".join(p) for p in itertools.permutations("xyzt"[:ndim]) if p.index("x") < p.index("y")]
     return sorted(found, key=lambda axes: [axes.index(c) for c in "xyzt"[:ndim]])
 
 
@@ -168,21 +162,22 @@ def candidates(array, zooms, spacing, axes):
     for order in [axes] if axes else orders(array.ndim):
         shape = as_frames(array, order).shape[1:]
         along = dict(zip(order, zooms, strict=False))
-        mm = [along.get(c, 1.0) for c in "zyx"]
-        left = [zooms[2], zooms[1], zooms[0]]                        # the array was turned, its header left behind
-        for as_told, way in ((True, spacing or mm), (False, left)):
-            if as_told or not (spacing or order.startswith("xyz")):
-                ways.append((as_told, order, tuple(way), doubts(shape, way)))
+        mm = tuple(spacing or (along.get(c, 1.0) for c in "zyx"))
+        ways.append((True, order, mm, doubts(shape, mm)))
+        if not spacing and not order.startswith("xyz"):              # the array was turned, its header left behind
+            mm = zooms[2::-1]
+            ways.append((False, order, mm, doubts(shape, mm)))
     return ways
 
 
 def choose(source, array, zooms, spacing, axes):
-    """The way of candidates() that a stack of slices can be, and its warnings. DataError where there is none."""
+    """Of candidates() what a stack of slices can be: its axes, mm and warnings. DataError where there is none."""
     ways = candidates(array, zooms, spacing, axes)
-    sound = [way for way in ways if not way[3]]
+    sound = [way[:3] for way in ways if not way[3]]
     if spacing and not sound:                                        # the user's word
-        return ways[0], [ways[0][3]]
-    scores = dict.fromkeys((way[1] for way in sound), 0.0)
+        _, order, mm, doubt = ways[0]
+        return order, mm, [doubt]
+    scores = {order: 0.0 for _, order, _ in sound}
     if array.ndim == 4 and not axes:
         scores = {order: contrast(as_frames(array, order)) for order in scores}
         sound = [way for way in sound if scores[way[1]] > -0.02]     # noise
@@ -192,12 +187,11 @@ def choose(source, array, zooms, spacing, axes):
                         "and save a cine as (x, y, z, t)")
 
     def preference(way):                                             # square pixels, then the header, then the images
-        as_told, order, (_, y, x), _ = way
+        as_told, order, (_, y, x) = way
         return abs(y - x) > 0.02 * x, not as_told, -scores[order]
-    sound.sort(key=preference)
-    as_told, order, mm, _ = sound[0]
+    as_told, order, mm = min(sound, key=preference)
     note = f"read as {order}, slices {mm[0]:g} mm apart, against the header's order: look at the overlay"
-    return sound[0], [] if as_told else [note]
+    return order, mm, [] if as_told else [note]
 
 
 def read_scan(source, spacing=None, axes=None):
@@ -206,12 +200,13 @@ def read_scan(source, spacing=None, axes=None):
     array, zooms, nifti = data_prep.load_nifti(source, judged=False)
     refuse_labels(source, array)
     array, warnings = array.T, []                                    # in the file's order of axes
-    if array.ndim == 4 and array.shape[3] == 1 and not axes:
+    if axes:
+        if len(axes) > array.ndim:
+            axes = axes.replace("t", "")
+        if len(axes) != array.ndim:
+            raise DataError(f"{source}: has {array.ndim} axes, --axes {axes} names {len(axes)}; name each once")
+    elif array.ndim == 4 and array.shape[3] == 1:
         array = array[..., 0]
-    if axes and len(axes) > array.ndim:
-        axes = axes.replace("t", "")
-    if axes and len(axes) != array.ndim:
-        raise DataError(f"{source}: has {array.ndim} axes, --axes {axes} names {len(axes)}; name each once")
     zooms = spacing[::-1] if spacing else header_spacing(source, zooms[::-1], nifti)
     plane = doubts((1, *array.shape[1::-1]), (1, *zooms[1::-1]))
     zooms = (*zooms, *(float(z) for z in nifti.header.get_zooms()[3:4]))
@@ -227,7 +222,7 @@ def read_scan(source, spacing=None, axes=None):
     elif array.ndim == 3 and not axes and repeats(array.T):
         raise DataError(f"{source}: holds slices several times, as frames do; save a cine as (x, y, z, t), or give "
                         "--axes xyz if they are one stack")
-    (_, order, mm, _), more = choose(source, array, zooms, spacing, axes)
+    order, mm, more = choose(source, array, zooms, spacing, axes)
     if "z" not in order and not spacing:
         more.append("thickness of the slice not told: volumes and mass are for 1 mm; give --spacing Z Y X")
     return Scan(np.ascontiguousarray(as_frames(array, order)), mm, nifti, order, warnings + more)
