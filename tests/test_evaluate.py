@@ -1,11 +1,8 @@
 """evaluate.py: metrics against hand-made values and medpy, figures of a whole evaluation against an oracle, faults."""
 import base64
-import csv
-import errno
 import io
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -16,7 +13,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
+from conftest import CHROMIUM, ROOT, SHARED, needs_acdc, no_room, one_line, python, read_csv
 from medpy.metric import binary
 from PIL import Image
 
@@ -24,9 +21,7 @@ import data_prep
 import evaluate
 from models import UNet, largest_component, load_model, save_checkpoint, segment_volume
 
-SCRIPT = Path(evaluate.__file__)
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-ACDC = SCRIPT.parent.parent / "shared" / "acdc" / "published_h5"
+SCRIPT = ROOT / "evaluate.py"
 SPACING = (8.0, 1.5, 1.25)                                         # z, y, x in mm
 
 
@@ -59,15 +54,6 @@ def write_root(root, splits, attributes=True, unlabeled=()):
                 if attributes:
                     h.attrs.update(spacing=SPACING, group="NOR", source=name)
     return root
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small lose more than they gain by a second thread, most of all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +100,16 @@ def run(capsys, *args):
     return code, *capsys.readouterr()
 
 
-def read_csv(path):
-    with open(path, newline="") as f:
-        return list(csv.DictReader(f))
+def refused(capsys, *args):
+    """-> the one line of an evaluation that ends with it."""
+    code, stdout, stderr = run(capsys, *args)
+    assert (code, stdout) == (2, "")
+    one_line(stderr, "evaluate.py: ")
+    return stderr
+
+
+def summary_of(out):
+    return json.loads((out / "summary.json").read_text(), parse_constant=pytest.fail)                 # NaN: no JSON
 
 
 def painted(path, color, within=60):
@@ -194,10 +187,11 @@ def test_random_masks_agree_with_medpy_uncropped(seed):
     agrees_with_medpy(pred, label, tuple(rng.uniform(0.5, 10, 3)))
 
 
-@pytest.mark.skipif(not ACDC.is_dir(), reason="no ACDC files in ../shared/acdc")
+@needs_acdc
 def test_real_annotations_agree_with_medpy_uncropped():
     """The annotation of ES against ED: real shapes that differ by centimetres."""
-    ed, es = (data_prep.read_volume(ACDC, f"patient028_frame{f}").label for f in ("01", "02"))
+    published = SHARED / "acdc" / "published_h5"
+    ed, es = (data_prep.read_volume(published, f"patient028_frame{f}").label for f in ("01", "02"))
     agrees_with_medpy(es, ed, (10.0, 1.5625, 1.5625))
 
 
@@ -205,14 +199,11 @@ def test_aggregate_two_cases_by_hand():
     cases = [{m: np.array(v, float) for m in evaluate.METRICS} for v in ([0.5, 0.7, 0.9], [0.9, 0.8, 0.7])]
     cases[1]["hd95_mm"][:] = np.nan
     table = evaluate.aggregate(cases)
-    means = [table["dice"][c]["mean"] for c in ("RV", "MYO", "LV", "mean")]
-    sds = [table["dice"][c]["sd"] for c in ("RV", "MYO", "LV", "mean")]
+    means, sds = ([table["dice"][c][k] for c in ("RV", "MYO", "LV", "mean")] for k in ("mean", "sd"))
     # Deviation with n - 1 of two values = their difference / sqrt(2); the volumes' means are 0.7 and 0.8.
     np.testing.assert_allclose(means, [0.7, 0.75, 0.8, 0.75])
     np.testing.assert_allclose(sds, np.array([0.4, 0.1, 0.2, 0.1]) / math.sqrt(2))
-    assert table["hd95_mm"]["LV"]["n"] == 1
-    assert table["hd95_mm"]["LV"]["mean"] == 0.9
-    assert math.isnan(table["hd95_mm"]["LV"]["sd"])
+    assert table["hd95_mm"]["LV"] == dict(n=1, mean=0.9, sd=pytest.approx(math.nan, nan_ok=True))
     assert table["asd_mm"]["LV"]["n"] == 2
 
 
@@ -243,14 +234,6 @@ def test_three_slices_from_base_to_apex():
     assert evaluate.three_slices(mask[::-1]) == [7, 4, 1]
     assert evaluate.three_slices(mask[:2]) == [1, 1, 1]
     assert len(evaluate.three_slices(mask[:1])) == 3                                            # nothing annotated
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that are saved."""
-    figures, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: figures.append(figure) or save(figure, *a, **k))
-    return figures
 
 
 def test_an_overlay_names_its_panels_and_shows_both_ends(drawn, tmp_path):
@@ -324,8 +307,7 @@ def test_curves_mark_each_stage_after_the_first(drawn, tmp_path):
 def test_command_line(checkpoint, root):
     """Table, CSV and JSON of a real process, and a validation while training, equal medpy on the uncropped
     predictions; pictures hold the contours."""
-    done = subprocess.run([sys.executable, SCRIPT, checkpoint, "--split", "val", "--cpu"], capture_output=True,
-                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = python(SCRIPT, checkpoint, "--split", "val", "--cpu")
     assert (done.returncode, done.stderr) == (0, "")
     out = checkpoint.parent / "val"
     assert sorted(p.name for p in out.iterdir()) == [
@@ -354,7 +336,7 @@ def test_command_line(checkpoint, root):
     ml = [np.count_nonzero(a == k) * 0.015 for p, v in zip(preds, volumes, strict=True) for k in (1, 2, 3)
           for a in (p, v.label)]
     np.testing.assert_allclose([float(r[c]) for r in rows for c in ("volume_ml", "annotation_ml")], ml, rtol=1e-5)
-    summary = json.loads((out / "summary.json").read_text(), parse_constant=pytest.fail)                 # NaN: no JSON
+    summary = summary_of(out)
     assert (summary["network"], summary["scored"]) == ("student", 6)
     assert summary["parameters"] == 680 + 3520 + 520 + 1760 + 36                  # two levels down, up, merge, head
     for i, metric in enumerate(evaluate.METRICS):
@@ -408,13 +390,13 @@ def test_unlabeled_are_the_train_patients_after_the_labeled(capsys, tmp_path, ch
         with pytest.raises(data_prep.DataError, match="unlabeled: "):
             evaluate.find_volumes(root, "unlabeled", labeled)
     (root / "train_slices.list").write_text("\n".join(n for n in slices if n != "patient099_frame01_slice_2"))
-    assert "lacks slices of patient099_frame01" in one_line(*run(capsys, *args))
+    assert "lacks slices of patient099_frame01" in refused(capsys, *args)
 
 
 def test_too_little_memory_is_one_line(capsys, root, checkpoint, tmp_path, monkeypatch):
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError()):
         monkeypatch.setattr(evaluate, "segment_volume", lambda *a, e=error, **k: (_ for _ in ()).throw(e))
-        assert "out of memory" in one_line(*run(capsys, checkpoint, "--split", "val", "--out", tmp_path / "out"))
+        assert "out of memory" in refused(capsys, checkpoint, "--split", "val", "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -433,15 +415,9 @@ def test_community_layout_says_voxels(capsys, tmp_path, checkpoint):
         "metrics.csv", "notes.txt", "overlay_best.png", "report.html", "summary.json"]
     rows = read_csv(out / "metrics.csv")
     assert all(r["hd95_voxel"] and not r["hd95_mm"] and not r["volume_ml"] and not r["group"] for r in rows)
-    summary = json.loads((out / "summary.json").read_text())
+    summary = summary_of(out)
     assert summary["clinical"] is None
     assert summary["metrics"]["asd_mm"]["mean"] == dict(n=0, mean=None, sd=None)
-
-
-@pytest.fixture
-def no_pictures(monkeypatch):
-    monkeypatch.setattr(evaluate, "draw_overlay", lambda path, title, frames: path.write_text(title))
-    monkeypatch.setattr(evaluate, "draw_agreement", lambda path, rows: path.write_text(""))
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -453,7 +429,7 @@ def test_which_network(capsys, tmp_path, checkpoint, root):
         code, stdout, _ = run(capsys, path, "--data", root, "--split", "val", "--which", which, "--out", tmp_path / "o")
         assert code == 0
         assert f".pt: {which} of step 40" in stdout
-        summary = json.loads((tmp_path / "o" / "summary.json").read_text())
+        summary = summary_of(tmp_path / "o")
         scores.append(summary["metrics"]["dice"]["mean"]["mean"])
         told = ["disagreement"] * (path == checkpoint)
         assert list(summary["uncertainty"]) == ["entropy", *told]
@@ -473,7 +449,7 @@ def test_one_empty_is_counted(capsys, monkeypatch, tmp_path, checkpoint, root):
     code, stdout, _ = run(capsys, checkpoint, "--split", "val", "--out", tmp_path)
     assert code == 0
     assert "RV 6, MYO 0, LV 0" in stdout
-    metrics = json.loads((tmp_path / "summary.json").read_text())["metrics"]
+    metrics = summary_of(tmp_path)["metrics"]
     assert [metrics["dice"][c]["mean"] for c in ("RV", "MYO", "LV")] == [0, 1, 1]
     assert metrics["dice"]["mean"]["mean"] == pytest.approx(2 / 3)
     assert metrics["hd95_voxel"]["RV"]["mean"] == pytest.approx(math.sqrt(6**2 + 44**2 + 48**2))
@@ -485,7 +461,7 @@ def test_unlabelled_volumes_are_predicted_not_scored(capsys, tmp_path, checkpoin
     rows = read_csv(tmp_path / "some" / "metrics.csv")
     assert [bool(r["dice"]) for r in rows] == [True] * 6 + [False] * 6
     assert all(float(r["volume_ml"]) > 0 for r in rows)
-    summary = json.loads((tmp_path / "some" / "summary.json").read_text())
+    summary = summary_of(tmp_path / "some")
     assert (summary["volumes"], summary["scored"], summary["clinical"]["lv_ef"]["n"]) == (4, 2, 1)
     assert summary["overlays"] == {"best": "patient101"}
 
@@ -494,20 +470,13 @@ def test_unlabelled_volumes_are_predicted_not_scored(capsys, tmp_path, checkpoin
     assert (code, stderr) == (0, "evaluate.py: 2 of 2 volumes have no annotation: predicted, not scored\n")
     assert "Dice" not in stdout
     assert "0 volumes scored" in stdout
-    assert json.loads((tmp_path / "none" / "summary.json").read_text())["overlays"] == {"best": "patient103"}
+    assert summary_of(tmp_path / "none")["overlays"] == {"best": "patient103"}
     ef = [r for r in read_csv(tmp_path / "none" / "clinical.csv") if r["index"] == "lv_ef"]
     assert 20 < float(ef[0]["prediction"]) < 80
     assert ef[0]["annotation"] == ""
 
 
 # ------------------------------------------------------------------------------------------------------------ faults
-
-def one_line(code, stdout, stderr):
-    assert code == 2
-    assert stdout == ""
-    assert stderr.startswith("evaluate.py: ")
-    assert stderr.count("\n") == 1
-    return stderr
 
 
 @pytest.fixture
@@ -521,7 +490,7 @@ def folder(tmp_path, root):
 
 def test_faults_of_checkpoint_and_data(capsys, tmp_path, checkpoint, folder):
     def tell(path, *more):
-        return one_line(*run(capsys, path, "--data", folder, "--out", tmp_path / "out", *more))
+        return refused(capsys, path, "--data", folder, "--out", tmp_path / "out", *more)
     (tmp_path / "text.pt").write_text("weights")
     save(tmp_path / "rgb.pt", dict(student=UNet(2, 4, in_channels=3)))
     save(tmp_path / "binary.pt", dict(student=UNet(2, 4, num_classes=2)))
@@ -541,16 +510,13 @@ def test_faults_of_checkpoint_and_data(capsys, tmp_path, checkpoint, folder):
 
 def test_faults_of_options_and_disk(capsys, monkeypatch, tmp_path, checkpoint, folder):
     args = [checkpoint, "--data", folder, "--split", "val"]
-    assert "--gpu 99: this machine has" in one_line(*run(capsys, *args, "--gpu", 99))
+    assert "--gpu 99: this machine has" in refused(capsys, *args, "--gpu", 99)
     (tmp_path / "file").write_text("")
-    assert "file/out: Not a directory" in one_line(*run(capsys, *args, "--out", tmp_path / "file" / "out"))
-
-    def full(path, rows):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    assert "file/out: Not a directory" in refused(capsys, *args, "--out", tmp_path / "file" / "out")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "note").write_text("kept")
-    monkeypatch.setattr(evaluate, "write_csv", full)
-    assert "out: No space left" in one_line(*run(capsys, *args, "--out", tmp_path / "out"))
+    monkeypatch.setattr(evaluate, "write_csv", no_room)
+    assert "out: No space left" in refused(capsys, *args, "--out", tmp_path / "out")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["note"]
 
 
@@ -572,7 +538,7 @@ def test_the_largest_component_is_told_beside_or_taken(capsys, monkeypatch, tmp_
         assert (code, len(asked)) == (0, 6 if options else 0)
         assert ("heart found and resampled, largest component per class" in stdout) == bool(options)
         assert ("\nlargest component " in stdout) != bool(options)
-        summaries.append(json.loads((tmp_path / "o" / "summary.json").read_text()))
+        summaries.append(summary_of(tmp_path / "o"))
     beside, taken = summaries
     assert [s["largest_component"] for s in summaries] == [s["find_heart"] for s in summaries] == [False, True]
     assert taken["largest_component_metrics"] is None
@@ -585,9 +551,8 @@ def test_hidden_folders_of_killed_processes_go(tmp_path):
     code = "import evaluate, pathlib, sys, time\nwith evaluate.staging(pathlib.Path(sys.argv[1]), []) as f:\n" \
         "    (f / 'half').write_text('x'); print(f, flush=True); time.sleep(60)"
     (tmp_path / "there").mkdir()
-    command = [sys.executable, "-c", code]
-    children = [subprocess.Popen([*command, tmp_path / out], stdout=subprocess.PIPE, text=True, cwd=SCRIPT.parent)
-                for out in ("there", "new", "new")]
+    children = [subprocess.Popen([sys.executable, "-c", code, tmp_path / out], stdout=subprocess.PIPE, text=True,
+                                 cwd=ROOT) for out in ("there", "new", "new")]
     dead, fresh, alive = (Path(c.stdout.readline().strip()) for c in children)
     for child in children[:2]:
         child.kill()
@@ -614,7 +579,7 @@ def test_report_in_a_browser(capsys, tmp_path, checkpoint):
     root = write_root(tmp_path / "a <b>&", {"val": ["patient028", "patient085", "patient082"]})
     out = tmp_path / "out"
     assert run(capsys, checkpoint, "--data", root, "--split", "val", "--out", out)[0] == 0
-    summary = json.loads((out / "summary.json").read_text())
+    summary = summary_of(out)
     alone = tmp_path / "elsewhere.html"
     shutil.move(out / "report.html", alone)
     shutil.rmtree(out)

@@ -16,28 +16,18 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from conftest import DATABASE, ROOT, needs_acdc, no_room, one_line, python, read_csv
 from scipy import ndimage
-from test_evaluate import drawn, heart, one_thread, painted, read_csv, save, train_student, write_root  # noqa: F401
+from test_evaluate import heart, painted, save, train_student
 
 import evaluate
+import models
 import predict
 import scans
-from models import (
-    PIXEL,
-    UNet,
-    find_heart,
-    find_position,
-    largest_component,
-    load_model,
-    segment_volume,
-    standardize,
-    turn,
-)
+from models import PIXEL, UNet, load_model, segment_volume, turn
 
-SCRIPT = Path(predict.__file__)
-DATABASE = SCRIPT.parent.parent / "shared" / "acdc" / "database"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_acdc = pytest.mark.skipif(not DATABASE.is_dir(), reason="no ACDC files in ../shared/acdc")
+SCRIPT = ROOT / "predict.py"
+FRAME, TRUTH = heart(28, "ED")
 RESULTS = {f"_{k}" for k in ("seg.nii.gz", "overlay.png", "volumes.csv")}
 
 
@@ -59,17 +49,18 @@ def unsure(monkeypatch):
     monkeypatch.setattr(predict, "ENTROPY", 20)
 
 
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """Most of a prediction's time here; drawn in the tests that look at them."""
-    for owner, name in ((evaluate, "draw_overlay"), (predict, "draw_volumes")):
-        monkeypatch.setattr(owner, name, lambda path, *_: path.write_text("drawn"))
-
-
 def run(capsys, *args):
     """-> exit code, stdout, stderr of predict.py in this process."""
     code = predict.main([str(a) for a in args])
     return code, *capsys.readouterr()
+
+
+def refused(capsys, *args):
+    """-> the one line of a call that does nothing else."""
+    code, stdout, stderr = run(capsys, *args)
+    assert (code, stdout) == (2, "")
+    one_line(stderr, "predict.py: ")
+    return stderr
 
 
 def write_nifti(path, array, spacing=(8, PIXEL, PIXEL), dtype=np.float32, slope=None, order="<", kind=nib.Nifti1Image):
@@ -90,21 +81,20 @@ def write_nifti(path, array, spacing=(8, PIXEL, PIXEL), dtype=np.float32, slope=
     return path
 
 
-def frame(seed=28, phase="ED"):
-    return heart(seed, phase)[0]
+def voxels(path):
+    """(Z, Y, X) or (T, Z, Y, X) of a file as written."""
+    return np.asanyarray(nib.load(path).dataobj).T
 
 
-def truth(seed=28, phase="ED"):
-    return heart(seed, phase)[1]
+def names(*paths):
+    return [p.as_posix() for p in predict.find_images(paths).values()]
 
 
-def cine(radii=(0.9, 1.0, 0.8, 0.6, 0.5, 0.7), seed=28):
+def cine(radii=(0.9, 1.0, 0.8, 0.6, 0.5, 0.7)):
     """(T, Z, Y, X): one heart whose cavity and wall grow and shrink about its middle; ED is frame 2, ES frame 5."""
-    volume, frames = frame(seed), []
-    for r in radii:
-        z, y, x = np.mgrid[:6, :44, :48].astype(float)
-        frames.append(ndimage.map_coordinates(volume, [z, 22 + (y - 22) / r, 26 + (x - 26) / r], order=1,
-                                              mode="nearest"))
+    z, y, x = np.mgrid[:6, :44, :48].astype(float)
+    frames = [ndimage.map_coordinates(FRAME, [z, 22 + (y - 22) / r, 26 + (x - 26) / r], order=1, mode="nearest")
+              for r in radii]
     return np.array(frames, np.float32)
 
 
@@ -120,51 +110,58 @@ def results(out):
 
 # --------------------------------------------------------------------------------------------------------- geometry
 
+def lies_alike(path, source):
+    """Shape, zooms, both forms and their codes are the source's, for nibabel and for the reader of ITK."""
+    after, before = nib.load(path), nib.load(source)
+    assert after.shape == before.shape
+    assert after.header.get_zooms() == before.header.get_zooms()
+    np.testing.assert_array_equal(after.affine, before.affine)
+    for key in ("sform_code", "qform_code", "srow_x", "quatern_b", "qoffset_x", "xyzt_units", "pixdim", "dim"):
+        np.testing.assert_array_equal(after.header[key], before.header[key])
+    if isinstance(before, nib.Nifti2Image):                                             # ITK's build may lack it
+        return
+    sitk = pytest.importorskip("SimpleITK", reason="pip install SimpleITK")
+    a, b = (sitk.ReadImage(str(p)) for p in (path, source))
+    assert a.GetSize() == b.GetSize()
+    for get in ("GetSpacing", "GetOrigin", "GetDirection"):
+        assert getattr(a, get)() == pytest.approx(getattr(b, get)())
+
+
 @pytest.mark.usefixtures("no_pictures")
 def test_geometry_survives_on_every_dtype(capsys, tmp_path, checkpoint):
     """Shape, zooms, both forms, their codes, spacing and origin of SimpleITK: as the source has them, whatever its
     dtype, byte order, slope, compression or dimension; and the labels are those of segment_volume."""
-    sitk = pytest.importorskip("SimpleITK", reason="pip install SimpleITK")
     variants = {f"{np.dtype(d)}": dict(dtype=d) for d in (np.uint8, np.int16, np.uint16, np.int32, np.float64)}
     variants |= {"float32": {}, "big": dict(dtype=np.int16, order=">"), "slope": dict(dtype=np.int16, slope=(0.5, -3)),
                  "nan": dict(dtype=np.float32, slope=(np.nan, np.nan)), "nifti2": dict(kind=nib.Nifti2Image)}
     spacing = (8, 1.5, 1.3)
     for name, more in variants.items():
         suffix = ".nii" if name in ("big", "uint8") else ".nii.gz"
-        write_nifti(tmp_path / "in" / (name + suffix), frame(), spacing, **more)
+        write_nifti(tmp_path / "in" / (name + suffix), FRAME, spacing, **more)
         write_nifti(tmp_path / "in" / (name + "_4d" + suffix), cine()[:2], spacing, **more)
     code, _, stderr = run(capsys, checkpoint, tmp_path / "in", "--out", tmp_path / "out", "--entropy")
     assert (code, stderr) == (0, "")
     sources = sorted((tmp_path / "in").iterdir())
     net, content = load_model(checkpoint)
     expected = {}
-    for ndim, frames in ((3, frame()[None]), (4, cine()[:2])):
-        position = find_position(net, predict.asked_slices(frames), spacing, **content["inference"])
+    for ndim, frames in ((3, FRAME[None]), (4, cine()[:2])):
+        position = models.find_position(net, predict.asked_slices(frames), spacing, **content["inference"])
         image, mm = turn(frames[0], position), spacing if position % 2 == 0 else (8, 1.3, 1.5)
-        focus = find_heart(net, image, mm, **content["inference"])
-        labels = largest_component(segment_volume(net, image, **content["inference"], **focus))
+        focus = models.find_heart(net, image, mm, **content["inference"])
+        labels = models.largest_component(segment_volume(net, image, **content["inference"], **focus))
         expected[ndim] = turn(labels, position, back=True)
-    assert evaluate.dice(expected[3], truth()).mean() > 0.8                             # a prediction worth a look
+    assert evaluate.dice(expected[3], TRUTH).mean() > 0.8                               # a prediction worth a look
     for source in sources:
         stem = tmp_path / "out" / source.name.split(".nii")[0]
-        before = nib.load(source)
         for kind, dtype in (("seg", np.uint8), ("entropy", np.float32)):
             path = stem.with_name(f"{stem.name}_{kind}.nii.gz")
-            after = nib.load(path)
-            assert (after.shape, after.get_data_dtype().newbyteorder("=")) == (before.shape, dtype)
-            assert after.header.get_zooms() == before.header.get_zooms()
-            assert after.header.get_zooms()[:3] == pytest.approx(spacing[::-1])
-            np.testing.assert_array_equal(after.affine, before.affine)
-            for key in ("sform_code", "qform_code", "srow_x", "quatern_b", "qoffset_x", "xyzt_units", "pixdim"):
-                np.testing.assert_array_equal(after.header[key], before.header[key])
-            assert after.header["cal_max"] == 0
-            if "nifti2" not in source.name:                                             # ITK's build may lack it
-                a, b = (sitk.ReadImage(str(p)) for p in (path, source))
-                assert a.GetSize() == b.GetSize()
-                for get in ("GetSpacing", "GetOrigin", "GetDirection"):
-                    assert getattr(a, get)() == pytest.approx(getattr(b, get)())
-        labels = np.asanyarray(nib.load(f"{stem}_seg.nii.gz").dataobj).T
-        entropy = np.asanyarray(nib.load(f"{stem}_entropy.nii.gz").dataobj).T
+            lies_alike(path, source)
+            header = nib.load(path).header
+            assert header.get_data_dtype().newbyteorder("=") == dtype
+            assert header.get_zooms()[:3] == pytest.approx(spacing[::-1])
+            assert header["cal_max"] == 0
+        labels = voxels(f"{stem}_seg.nii.gz")
+        entropy = voxels(f"{stem}_entropy.nii.gz")
         same = (labels if labels.ndim == 3 else labels[0]) == expected[labels.ndim]
         assert same.mean() > (0.99999 if source.name.startswith(("float32", "nan")) else 0.99)   # others are rounded
         assert 0 <= entropy.min() < 0.05
@@ -188,39 +185,30 @@ def test_time_as_the_fifth_axis(capsys, tmp_path, checkpoint):
 
 @pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
 def test_a_label_map_tells_nothing_about_a_person(tmp_path, kind):
-    source = nib.load(write_nifti(tmp_path / "scan.nii", frame(), kind=kind))
+    source = nib.load(write_nifti(tmp_path / "scan.nii", FRAME, kind=kind))
     person = b"Jane Doe 1970"
-    texts = {"descrip", "db_name", "aux_file", "intent_name", "data_type"} & set(source.header.keys())
-    for key in texts:
+    for key in {"descrip", "db_name", "aux_file", "intent_name", "data_type"} & set(source.header.keys()):
         source.header[key] = person[:10]
-    source.header.extensions.append(nib.nifti1.Nifti1Extension("comment", person))
-    source.header.extensions.append(nib.nifti1.Nifti1Extension("ignore", person))
+    source.header.extensions.extend(nib.nifti1.Nifti1Extension(kind, person) for kind in ("comment", "ignore"))
     nib.save(source, tmp_path / "person.nii")
     source = nib.load(tmp_path / "person.nii")
     assert len(source.header.extensions) == 2
-    predict.save_like(source, truth().T.astype(np.uint8), tmp_path / "person_seg.nii")
+    predict.save_like(source, TRUTH.T.astype(np.uint8), tmp_path / "person_seg.nii")
     assert b"Jane" not in (tmp_path / "person_seg.nii").read_bytes()
-    after = nib.load(tmp_path / "person_seg.nii")
-    np.testing.assert_array_equal(np.asarray(after.dataobj).T, truth())
-    np.testing.assert_array_equal(after.affine, source.affine)
-    for key in ("sform_code", "qform_code", "srow_x", "quatern_b", "qoffset_x", "xyzt_units", "pixdim", "dim"):
-        np.testing.assert_array_equal(after.header[key], source.header[key])
+    np.testing.assert_array_equal(voxels(tmp_path / "person_seg.nii"), TRUTH)
     assert len(source.header.extensions) == 2
+    lies_alike(tmp_path / "person_seg.nii", tmp_path / "person.nii")
 
 
 @needs_acdc
 @pytest.mark.usefixtures("no_pictures")
 def test_real_cine_and_official_patients(capsys, tmp_path, checkpoint):
-    sitk = pytest.importorskip("SimpleITK", reason="pip install SimpleITK")
     sources = [DATABASE / "training" / "patient090" / "patient090_4d.nii.gz", DATABASE / "testing"]
     code, stdout, _ = run(capsys, checkpoint, *sources, "--out", tmp_path)
     assert code == 0
     assert "5 of 5 files" in stdout                                                     # no _gt among them
     for path, source in (("patient090_4d", sources[0].parent), ("patient101/patient101_frame01", sources[1])):
-        a, b = (sitk.ReadImage(f"{p}.nii.gz") for p in (tmp_path / f"{path}_seg", source / path))
-        assert a.GetSize() == b.GetSize()
-        assert a.GetSpacing() == pytest.approx(b.GetSpacing())
-        assert a.GetDirection() == pytest.approx(b.GetDirection())
+        lies_alike(tmp_path / f"{path}_seg.nii.gz", source / f"{path}.nii.gz")
 
 
 # ------------------------------------------------------------------------------------------------------------ cines
@@ -231,7 +219,7 @@ def test_cine(capsys, tmp_path, checkpoint):
     code, stdout, _ = run(capsys, checkpoint, source, "--out", tmp_path / "out")
     assert code == 0
     assert results(tmp_path / "out") == {"cine": RESULTS | {"_volumes.png"}}
-    labels = np.asanyarray(nib.load(tmp_path / "out" / "cine_seg.nii.gz").dataobj).T
+    labels = voxels(tmp_path / "out" / "cine_seg.nii.gz")
     rows = read_csv(tmp_path / "out" / "cine_volumes.csv")
     ml = np.array([[np.count_nonzero(f == k) * 8 * PIXEL**2 / 1000 for k in (1, 2, 3)] for f in labels])
     got = [[float(r[f"{c}_ml"]) for c in ("rv", "myo", "lv")] for r in rows]
@@ -277,20 +265,20 @@ def test_nothing_found(capsys, tmp_path, checkpoint):
 @pytest.mark.usefixtures("no_pictures")
 def test_uncertainty(capsys, tmp_path, checkpoint):
     """Disagreement and entropy by hand; without a second network no column, without --entropy no map."""
-    source = write_nifti(tmp_path / "scan.nii", frame())
+    source = write_nifti(tmp_path / "scan.nii", FRAME)
     args = [source, "--out", tmp_path / "out", "--no-find-heart", "--no-largest-component"]
     assert run(capsys, checkpoint, *args, "--entropy")[0] == 0
     row = read_csv(tmp_path / "out" / "scan_volumes.csv")[0]
     (student, content), (coteacher, _) = (load_model(checkpoint, which=w) for w in ("student", "coteacher"))
-    labels, probs = segment_volume(student, frame(), **content["inference"], return_probs=True)
-    other = segment_volume(coteacher, frame(), **content["inference"])
+    labels, probs = segment_volume(student, FRAME, **content["inference"], return_probs=True)
+    other = segment_volume(coteacher, FRAME, **content["inference"])
     expected = 1 - np.mean([2 * ((labels == k) & (other == k)).sum() / ((labels == k).sum() + (other == k).sum())
                             for k in (1, 2, 3)])
     assert 0.001 < expected < 0.9
     assert float(row["disagreement"]) == pytest.approx(expected, rel=1e-4)
     entropy = sum(-p * np.log(p + 1e-30) for p in probs.astype(float).transpose(1, 0, 2, 3)) / math.log(4)
     assert float(row["entropy"]) == pytest.approx(entropy[labels > 0].mean(), rel=1e-3)
-    written = np.asanyarray(nib.load(tmp_path / "out" / "scan_entropy.nii.gz").dataobj).T
+    written = voxels(tmp_path / "out" / "scan_entropy.nii.gz")
     np.testing.assert_allclose(written, entropy, atol=1e-5)
 
     save(tmp_path / "alone.pt", dict(student=student))
@@ -299,10 +287,10 @@ def test_uncertainty(capsys, tmp_path, checkpoint):
     assert read_csv(tmp_path / "out" / "predictions.csv")[0]["disagreement"] == ""
     assert not (tmp_path / "out" / "scan_entropy.nii.gz").exists()                      # of the run before
     assert run(capsys, checkpoint, *args, "--which", "coteacher")[0] == 0
-    np.testing.assert_array_equal(np.asanyarray(nib.load(tmp_path / "out" / "scan_seg.nii.gz").dataobj).T, other)
+    np.testing.assert_array_equal(voxels(tmp_path / "out" / "scan_seg.nii.gz"), other)
 
 
-def test_marks_of_a_late_frame_stay_inside_the_curve(drawn, tmp_path):  # noqa: F811
+def test_marks_of_a_late_frame_stay_inside_the_curve(drawn, tmp_path):
     predict.draw_volumes(tmp_path / "x.png", "title", np.full((12, 3), 50.0), {"ED": 11, "ES": 0}, {})
     (ax,) = drawn[0].axes
     inside = ax.get_window_extent()
@@ -326,7 +314,7 @@ def test_another_scanner(capsys, tmp_path, checkpoint, spacing, corner):
     scores = {}
     for option in ("--find-heart", "--no-find-heart"):
         assert run(capsys, checkpoint, source, "--out", tmp_path / option, option)[0] == 0
-        labels = np.asanyarray(nib.load(tmp_path / option / "scan_seg.nii.gz").dataobj).T
+        labels = voxels(tmp_path / option / "scan_seg.nii.gz")
         scores[option] = evaluate.dice(labels, arrays[1]).mean()
     assert scores["--find-heart"] > 0.75
     assert scores["--find-heart"] > scores["--no-find-heart"] + 0.2
@@ -334,39 +322,45 @@ def test_another_scanner(capsys, tmp_path, checkpoint, spacing, corner):
 
 # ------------------------------------------------------------------------------------------------------------- names
 
-def test_names(tmp_path):
+def test_names(monkeypatch, tmp_path):
     """Spaces, other alphabets, the same name in two folders or with two endings: a result each. Annotations and
-    earlier predictions in a folder are left alone, a file given twice is done once."""
-    def names(*paths):
-        return [p.as_posix() for p in predict.find_images(paths).values()]
+    earlier predictions in a folder are left alone, a file given twice is done once. Two drives; no right to read."""
     inside = tmp_path / "Zoë's scans"
     for name in ("ward 1/séance один.nii.gz", "ward 2/séance один.nii.gz", "ward 2/other.nii", "ward 2/other_gt.nii",
-                 "ward 2/other_seg.nii.gz", "ward 2/.other.nii", "ward 2/other_entropy.nii.gz"):
-        write_nifti(inside / name, frame())
-    (inside / "notes.txt").write_text("")
+                 "ward 2/other_seg.nii.gz", "ward 2/.other.nii", "ward 2/other_entropy.nii.gz", "notes.txt"):
+        (inside / name).parent.mkdir(parents=True, exist_ok=True)
+        (inside / name).write_bytes(b"")
     one, two = (inside / f"ward {i}" / "séance один.nii.gz" for i in (1, 2))
     assert names(inside, one) == ["ward 1/séance один", "ward 2/other", "ward 2/séance один"]
     assert names(one, two) == ["ward 1/séance один", "ward 2/séance один"]
     assert names(two) == ["séance один"]
-    write_nifti(inside / "ward 2" / "other.nii.gz", frame())
+    (inside / "ward 2" / "other.nii.gz").write_bytes(b"")
     assert names(inside / "ward 2") == ["other.nii", "other.nii.gz", "séance один.nii.gz"]
+
+    def two_drives(_):
+        raise ValueError("Paths don't have the same drive")
+
+    def denied(path):
+        raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+    monkeypatch.setattr(os.path, "commonpath", two_drives)
+    assert names(one) == ["séance один"]
+    assert names(one, two) == [f"{inside.as_posix()[1:]}/ward {i}/séance один" for i in (1, 2)]
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(predict.DataError, match="Permission denied; give yourself the right to read it"):
+        names(tmp_path)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names that are no UTF-8 want Linux")
 def test_names_that_are_no_text_or_look_like_formulas(tmp_path, checkpoint):
-    scans = [write_nifti(tmp_path / name, np.stack([frame(), frame()])) for name in ("a$b_$c^.nii", "plain.nii")]
+    scans = [write_nifti(tmp_path / name, np.stack([FRAME, FRAME])) for name in ("a$b_$c^.nii", "plain.nii")]
     latin = os.fsencode(tmp_path) + b"/Zo\xeb.nii"
     shutil.copy(scans[1], latin)
-    done = subprocess.run([sys.executable, SCRIPT, checkpoint, "--cpu", "--out", tmp_path / "o", latin,
-                           *scans], capture_output=True, encoding="utf-8", env={**os.environ, "PYTHONUTF8": "1"})
+    done = python(SCRIPT, checkpoint, "--cpu", "--out", tmp_path / "o", latin, *scans,
+                  env={**os.environ, "PYTHONUTF8": "1"})
     assert done.returncode == 0, done.stderr
     assert "Zo\\udceb.nii: 2 frames" in done.stdout
     assert len(list((tmp_path / "o").glob("*_volumes.png"))) == 3
     assert (tmp_path / "o" / "predictions.csv").read_text(encoding="utf-8").count("\n") == 4
-
-
-def names_of(*paths):
-    return [p.as_posix() for p in predict.find_images(paths).values()]
 
 
 def test_label_maps_hidden_and_linked_folders(capsys, tmp_path):
@@ -381,39 +375,19 @@ def test_label_maps_hidden_and_linked_folders(capsys, tmp_path):
     os.symlink(tmp_path / "far", tmp_path / "in" / "link")
     os.symlink(tmp_path / "in", tmp_path / "in" / "loop")
     expected = sorted(("UPPER", "imagesTr/case_001_0000", "link/linked", "p1.nii/inner", "sa_ED", "segovia"))
-    assert sorted(names_of(tmp_path / "in")) == expected
+    assert sorted(names(tmp_path / "in")) == expected
     assert capsys.readouterr().out == f"{tmp_path}/in: label maps left out, by their names: 6\n"
-    assert names_of(tmp_path / "in" / "p1.nii") == ["inner"]
-    assert names_of(tmp_path / "in" / "x-mask.nii") == ["x-mask"]                       # asked for by name
+    assert names(tmp_path / "in" / "p1.nii") == ["inner"]
+    assert names(tmp_path / "in" / "x-mask.nii") == ["x-mask"]                       # asked for by name
     with pytest.raises(predict.DataError, match="but label maps by their names, 1; rename"):
         predict.find_images([tmp_path / "in" / "a"])
-
-
-def test_names_on_two_drives(monkeypatch, tmp_path):
-    def two_drives(_):
-        raise ValueError("Paths don't have the same drive")
-    monkeypatch.setattr(os.path, "commonpath", two_drives)
-    files = [tmp_path / d / "scan.nii" for d in "cd"]
-    for file in files:
-        file.parent.mkdir()
-        file.write_bytes(b"")
-    assert names_of(files[0]) == ["scan"]
-    assert names_of(*files) == [f"{tmp_path.as_posix()[1:]}/{d}/scan" for d in "cd"]
-
-
-def test_an_unreadable_folder_is_named(monkeypatch, tmp_path):
-    def scandir(path):
-        raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
-    monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(predict.DataError, match="Permission denied; give yourself the right to read it"):
-        predict.find_images([tmp_path])
 
 
 @pytest.mark.usefixtures("no_pictures")
 def test_a_label_map_by_any_name_is_refused_by_content(capsys, tmp_path, checkpoint):
     """Four values or a mask's two, whole or float; an image of one value is no label map."""
-    write_nifti(tmp_path / "in" / "heart.nii.gz", truth().astype(np.float32))
-    nib.save(nib.Nifti1Image((truth() == 3).T.astype(np.uint8), np.eye(4)), tmp_path / "in" / "cavity.nii")
+    write_nifti(tmp_path / "in" / "heart.nii.gz", TRUTH.astype(np.float32))
+    nib.save(nib.Nifti1Image((TRUTH == 3).T.astype(np.uint8), np.eye(4)), tmp_path / "in" / "cavity.nii")
     for paths in ([tmp_path / "in"], sorted((tmp_path / "in").iterdir())):
         code, _, stderr = run(capsys, checkpoint, *paths, "--out", tmp_path / "out")
         assert (code, stderr.count("\n")) == (1, 2)
@@ -421,13 +395,14 @@ def test_a_label_map_by_any_name_is_refused_by_content(capsys, tmp_path, checkpo
         assert "heart.nii.gz: holds only 4 whole numbers" in stderr
     assert results(tmp_path / "out") == {}
     scans.refuse_labels("x", np.zeros((3, 40, 40)))
+    assert scans.FEW_VALUES == 16
 
 
 @pytest.mark.usefixtures("no_pictures")
 def test_long_names(capsys, tmp_path, checkpoint):
     """A name that leaves no room for a suffix, in bytes: results under a shorter one, the others are done."""
     for name in ("a" * 243 + ".nii.gz", "a" * 242 + "b.nii.gz", "я" * 124 + ".nii", "short.nii"):
-        write_nifti(tmp_path / "in" / name, frame())
+        write_nifti(tmp_path / "in" / name, FRAME)
     args = (checkpoint, tmp_path / "in", "--out", tmp_path / "out", "--entropy", "--no-find-heart")
     assert run(capsys, *args)[0] == 0
     found = results(tmp_path / "out")
@@ -442,7 +417,7 @@ def test_long_names(capsys, tmp_path, checkpoint):
 def test_calls_into_one_folder_add_to_one_table(capsys, monkeypatch, tmp_path, checkpoint):
     """Rows of other files stay, a file's own is replaced, whatever way leads to it; a file of the same name from
     another folder is refused by its name, before anything is written."""
-    one, two, other = (write_nifti(tmp_path / n, frame()) for n in ("w1/scan.nii", "w1/two.nii", "w2/scan.nii"))
+    one, two, other = (write_nifti(tmp_path / n, FRAME) for n in ("w1/scan.nii", "w1/two.nii", "w2/scan.nii"))
     out = ("--out", tmp_path / "out", "--no-find-heart")
     assert run(capsys, checkpoint, one, *out)[0] == 0
     assert run(capsys, checkpoint, two, *out)[0] == 0
@@ -452,9 +427,8 @@ def test_calls_into_one_folder_add_to_one_table(capsys, monkeypatch, tmp_path, c
     assert [(r["file"], r["name"], r["error"]) for r in rows] == [(str(two), "two", ""), (str(one), "scan", "")]
     before = {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     monkeypatch.chdir(tmp_path / "w2")
-    code, stdout, stderr = run(capsys, checkpoint, "scan.nii", *out)
-    assert (code, stdout, stderr.count("\n")) == (2, "", 1)
-    assert f"scan_seg.nii.gz there is of {one}, not of scan.nii; give another --out" in stderr
+    told = f"scan_seg.nii.gz there is of {one}, not of scan.nii; give another --out"
+    assert told in refused(capsys, checkpoint, "scan.nii", *out)
     assert {p: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
     other.write_bytes(b"")
     (tmp_path / "out" / "scan_seg.nii.gz").unlink()                                     # taken away: free again
@@ -463,7 +437,7 @@ def test_calls_into_one_folder_add_to_one_table(capsys, monkeypatch, tmp_path, c
     assert (list(errors), errors[str(one)]) == ([str(two), str(one), str(other)], "")
     assert "cannot be read" in errors[str(other)]
     (tmp_path / "out" / "predictions.csv").write_text("a;b\n1;2\n")
-    assert "predictions.csv: cannot be read ('file'); move it away" in run(capsys, checkpoint, two, *out)[2]
+    assert "predictions.csv: cannot be read ('file'); move it away" in refused(capsys, checkpoint, two, *out)
 
 
 def test_a_warning_of_a_file_is_told_and_listed(capsys, monkeypatch, tmp_path):
@@ -482,12 +456,12 @@ def test_a_warning_of_a_file_is_told_and_listed(capsys, monkeypatch, tmp_path):
 
 def damage(folder):
     """Bad files of every kind -> {name: what its line must say}."""
-    write_nifti(folder / "whole.nii.gz", frame())
+    write_nifti(folder / "whole.nii.gz", FRAME)
     bytes_ = (folder / "whole.nii.gz").read_bytes()
     (folder / "truncated.nii.gz").write_bytes(bytes_[:len(bytes_) // 2])
     (folder / "text.nii").write_text("not an image")
     (folder / "empty.nii.gz").write_bytes(b"")
-    holes = frame().copy()
+    holes = FRAME.copy()
     holes[1, 2, 3] = np.nan
     write_nifti(folder / "holes.nii", holes)
     nib.save(nib.Nifti1Image(np.ones((50, 60), np.float32), np.eye(4)), folder / "flat.nii")
@@ -495,7 +469,7 @@ def damage(folder):
     raw = bytearray(gzip.decompress(bytes_))
     raw[80:84] = bytes(4)                                                               # pixdim[1] = 0
     (folder / "zero.nii").write_bytes(raw)
-    write_nifti(folder / "metres.nii", frame(), (0.008, 0.0014, 0.0014))
+    write_nifti(folder / "metres.nii", FRAME, (0.008, 0.0014, 0.0014))
     os.mkfifo(folder / "pipe.nii")                                                      # waited for, it never ends
     return {"truncated": "cannot be read", "text": "cannot be read", "empty": "cannot be read", "holes": "NaN",
             "flat": "not a 3D or 4D image", "five": "not a 3D or 4D image", "zero": "spacing",
@@ -505,7 +479,7 @@ def damage(folder):
 @pytest.mark.usefixtures("no_pictures")
 def test_bad_files_among_good_ones(capsys, tmp_path, checkpoint):
     expected = damage(tmp_path / "in")
-    write_nifti(tmp_path / "in" / "zz last.nii", frame())
+    write_nifti(tmp_path / "in" / "zz last.nii", FRAME)
     code, stdout, stderr = run(capsys, checkpoint, tmp_path / "in", "--out", tmp_path / "out")
     assert code == 1
     assert "2 of 11 files segmented" in stdout
@@ -526,25 +500,16 @@ def test_bad_files_among_good_ones(capsys, tmp_path, checkpoint):
 
 def test_wrong_use(capsys, tmp_path, checkpoint):
     """One line, exit 2, nothing written: absent, empty or own folder, foreign checkpoint, no such device, full disk."""
-    source = write_nifti(tmp_path / "in" / "scan.nii", frame())
+    source = write_nifti(tmp_path / "in" / "scan.nii", FRAME)
     (tmp_path / "bare").mkdir()
     save(tmp_path / "binary.pt", dict(student=UNet(2, 4, num_classes=2)))
-
-    def tell(*args, net=checkpoint):
-        code, stdout, stderr = run(capsys, net, *args)
-        assert (code, stdout, stderr.count("\n")) == (2, "", 1)
-        assert stderr.startswith("predict.py: ")
-        return stderr
-    out = ["--out", tmp_path / "out"]
-    assert "absent.nii: no such file" in tell(source, tmp_path / "absent.nii", *out)
-    assert "x: no such file" in tell("x" * 300, *out)
-    assert "bare: holds no .nii" in tell(tmp_path / "bare", *out)
-    assert "give a folder apart" in tell(source, "--out", tmp_path / "in")
-    assert "1 channels to 2 classes" in tell("--onnx", tmp_path / "out", net=tmp_path / "binary.pt")
-    assert "--gpu 99" in tell(source, *out, "--gpu", "99")
-    assert "scan.nii/out: Not a directory" in tell(source, "--out", source / "out")
-    if Path("/proc").is_dir():
-        assert "/proc/out: " in tell(source, "--out", "/proc/out")
+    for told, *args in (("absent.nii: no such file", source, tmp_path / "absent.nii"), ("x: no such file", "x" * 300),
+                        ("bare: holds no .nii", tmp_path / "bare"), ("--gpu 99", source, "--gpu", "99"),
+                        ("give a folder apart", source, "--out", tmp_path / "in"),
+                        ("scan.nii/out: Not a directory", source, "--out", source / "out"),
+                        *[("/proc/out: ", source, "--out", "/proc/out")] * Path("/proc").is_dir()):
+        assert told in refused(capsys, checkpoint, "--out", tmp_path / "out", *args)
+    assert "1 channels to 2 classes" in refused(capsys, tmp_path / "binary.pt", "--onnx", tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bare", "binary.pt", "in"]
     assert [p.name for p in (tmp_path / "in").iterdir()] == ["scan.nii"]
 
@@ -554,14 +519,12 @@ def test_wrong_use(capsys, tmp_path, checkpoint):
 def test_full_disk(capsys, monkeypatch, tmp_path, checkpoint, owner, name, per_file):
     """The second file finds no room: the first one's results stay whole, nothing of the second."""
     for file in ("a.nii", "b.nii"):
-        write_nifti(tmp_path / "in" / file, frame())
+        write_nifti(tmp_path / "in" / file, FRAME)
     real, calls = getattr(owner, name), []
 
     def full(*args):
         calls.append(args)
-        if len(calls) > per_file:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(*args)
+        return (no_room if len(calls) > per_file else real)(*args)
     monkeypatch.setattr(owner, name, full)
     code, _, stderr = run(capsys, checkpoint, tmp_path / "in", "--out", tmp_path / "out")
     assert (code, stderr.count("\n")) == (2, 1)
@@ -573,10 +536,9 @@ def test_full_disk(capsys, monkeypatch, tmp_path, checkpoint, owner, name, per_f
 def test_killed(tmp_path, checkpoint, number):
     """Whatever is there under its name is whole; after SIGTERM listed too, and no temporary folder."""
     for i in range(40):
-        write_nifti(tmp_path / "in" / f"{i:02d}.nii", frame())
+        write_nifti(tmp_path / "in" / f"{i:02d}.nii", FRAME)
     command = [sys.executable, SCRIPT, checkpoint, tmp_path / "in", "--out", tmp_path / "out", "--cpu"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while len(list((tmp_path / "out").glob("*_seg.nii.gz"))) < 2 or not list((tmp_path / "out").glob(".*")):
         assert process.poll() is None, process.stderr.read()
@@ -612,8 +574,7 @@ def test_time(capsys, monkeypatch, checkpoint, pays):
     code, stdout, _ = run(capsys, checkpoint, "--time", "--cpu")
     assert code == 0
     rows = re.findall(r"^(.+?) +([\d.]+) ms per slice \(fastest [\d.]+\) +([\d.]+) s per cine", stdout, re.M)
-    named = [r[0] for r in rows if r[0] != "onnxruntime"]
-    assert named == ["torch fp32"] + ["torch bf16"] * pays
+    assert [r[0] for r in rows if r[0] != "onnxruntime"] == ["torch fp32"] + ["torch bf16"] * pays
     assert all(float(r[1]) > 0 and float(r[2]) >= 0 for r in rows)
 
 
@@ -641,7 +602,7 @@ def test_onnx_of_any_size(exported, shape):
     import onnxruntime
     session = onnxruntime.InferenceSession(exported / "net.onnx", providers=["CPUExecutionProvider"])
     got = session.run(None, {"slices": x})[0]
-    expected = net(standardize(torch.from_numpy(x))).numpy()
+    expected = net(models.standardize(torch.from_numpy(x))).numpy()
     assert got.shape == (shape[0], 4, *shape[2:])
     assert np.abs(got - expected).max() < 1e-4
     assert expected.std() > 0.01 or shape == (1, 1, 1, 1)
@@ -653,7 +614,7 @@ def test_onnx_of_any_size(exported, shape):
 
 def test_example_runs_without_torch(exported, tmp_path):
     """The lines of SCANS.md as they stand, torch and this repository out of reach, give segment_volume's labels."""
-    page = (SCRIPT.parent / "results" / "SCANS.md").read_text(encoding="utf-8")
+    page = (ROOT / "results" / "SCANS.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, re.S)
     code = next(b for b in blocks if "onnxruntime" in b)
     assert len(code.splitlines()) <= 22
@@ -663,7 +624,7 @@ def test_example_runs_without_torch(exported, tmp_path):
     write_nifti(tmp_path / "scan.nii.gz", image)
     (tmp_path / "torch.py").write_text("raise ImportError('torch is out of reach')")
     (tmp_path / "example.py").write_text(code, encoding="utf-8")
-    done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = python("example.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     net, content = load_model(exported / "best.pt")
     expected = segment_volume(net, image, **content["inference"])
@@ -676,15 +637,13 @@ def test_example_runs_without_torch(exported, tmp_path):
 
 def test_onnx_faults(capsys, monkeypatch, tmp_path, checkpoint):
     """No exporter; then one that stands aside, and what it saves finds no room: what was there stays."""
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
     model = SimpleNamespace(metadata_props={}, opset_imports={"": 20})
     program = SimpleNamespace(model=model, save=lambda path: path.write_text("half"))
     monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: program)
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", no_room)
     (tmp_path / "net.onnx").write_text("before")
-    no_room = f"{tmp_path}/net.onnx: No space left on device; choose another FILE or free some space"
-    for installed, words in ((None, "--onnx wants the package onnxscript: pip install onnxscript"), (True, no_room)):
+    full = f"{tmp_path}/net.onnx: No space left on device; choose another FILE or free some space"
+    for installed, words in ((None, "--onnx wants the package onnxscript: pip install onnxscript"), (True, full)):
         monkeypatch.setattr(predict.importlib.util, "find_spec", lambda name, installed=installed: installed)
         assert run(capsys, checkpoint, "--onnx", tmp_path / "net.onnx") == (2, "", f"predict.py: {words}\n")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("net.onnx", "before")]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo  # it reads torch.Generator, which must still be the true one
+from conftest import ROOT
 from test_train import SMALL, config, data, last_stage  # noqa: F401
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,7 +20,6 @@ import models
 import train_actnet
 from train_actnet import main
 
-ROOT = Path(__file__).parent.parent
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
