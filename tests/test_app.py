@@ -9,21 +9,19 @@ import sys
 import tempfile
 import time
 from importlib.util import find_spec
-from pathlib import Path
 from urllib.parse import urlparse
 
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import CHROMIUM, ROOT, STUDENT, read_csv
 from PIL import Image
-from test_evaluate import CHROMIUM, painted, read_csv
+from test_evaluate import painted
 
 import evaluate
 import phantom
 import predict
 
-ROOT = Path(__file__).parent.parent
-CHECKPOINT = ROOT / "results" / "student_acdc7.pt"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
 WAIT = 60_000                                                       # ms, on a machine that does much else
@@ -44,7 +42,7 @@ def cine(tmp_path_factory):
 def predicted(tmp_path_factory, cine):
     """What predict.py writes for the cine."""
     out = tmp_path_factory.mktemp("predictions")
-    assert predict.main([str(CHECKPOINT), str(cine), "--out", str(out)]) == 0
+    assert predict.main([str(STUDENT), str(cine), "--out", str(out)]) == 0
     return out
 
 
@@ -57,7 +55,7 @@ def server(tmp_path_factory):
     for file in re.search(r"^cp (.+) space/\* runs/space$", card, re.M)[1].split():
         shutil.copy(ROOT / file, folder)
     (folder / "results").mkdir()
-    shutil.copy(CHECKPOINT, folder / "results")
+    shutil.copy(STUDENT, folder / "results")
     code = (folder / "app.py").read_text(encoding="utf-8")
     warned = "dict(warning='the <b>base</b>') if source.name == 'warned.nii.gz' else {}"
     for here, there in (("MAX_MB, PAGES = 500,", "MAX_MB, PAGES = 3,"), ("cine(source)", "cine(source, 3)"),
@@ -65,11 +63,9 @@ def server(tmp_path_factory):
         assert here in code
         code = code.replace(here, there)
     (folder / "app.py").write_text(code, encoding="utf-8")
-    environment = {**os.environ, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "app.py", "--no-browser"]
     with open(folder / "stderr", "w+") as stderr:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=stderr,
-                                   text=True)
+        process = subprocess.Popen([sys.executable, "app.py", "--no-browser"], cwd=folder, stdout=subprocess.PIPE,
+                                   env={**os.environ, "TMPDIR": str(temporary)}, stderr=stderr, text=True)
         try:
             line = process.stdout.readline()                        # the fixture waits as long as the start takes
             stderr.seek(0)
@@ -192,7 +188,7 @@ def test_bad_files(capsys, monkeypatch, open_page, server, tmp_path):
     wait_for_slice(page)
     phantom.write_nifti(tmp_path / "flat.nii.gz", np.ones((90, 80)), (1.5, 1.5))
     monkeypatch.chdir(tmp_path)
-    assert predict.main([str(CHECKPOINT), "flat.nii.gz", "--out", "out"]) == 1
+    assert predict.main([str(STUDENT), "flat.nii.gz", "--out", "out"]) == 1
     told = capsys.readouterr().err.strip().removeprefix("predict.py: ")
     drop(page, tmp_path / "flat.nii.gz")
     page.wait_for_selector("#message textarea")

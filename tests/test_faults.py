@@ -629,9 +629,9 @@ def test_names_with_spaces_and_unicode(data, tmp_path, capsys):
     assert main(*command[2:], "--minutes", 0) == 0
     assert load_checkpoint(run / "last.pt")["step"] == 3
     capsys.readouterr()
-    for more in ((), ("--iters", 2)):
+    for more, words in ([], "--iters"), (["--iters", 2], "can only be made longer"):
         assert main("--resume", run, *more) == 2
-        one_line(capsys.readouterr().err, "--iters")
+        one_line(capsys.readouterr().err, words)
 
 
 def teacher(path, **kinds):
