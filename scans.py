@@ -47,11 +47,6 @@ class Scan(NamedTuple):
         turned = array.reshape([sizes[c] for c in kept]).transpose([kept.index(c) for c in self.axes])
         return turned.T.reshape(self.nifti.shape[::-1]).T            # .T: nibabel's arrays are in Fortran's order
 
-    def forth(self, array):
-        """An array of the file's shape -> (T, Z, Y, X), as `back` undoes it."""
-        sizes = dict(zip("tzyx", self.frames.shape, strict=True))
-        return as_frames(array.T.reshape([sizes[c] for c in self.axes[::-1]]).T, self.axes)
-
 
 def refuse_labels(source, array):
     """DataError where an image holds only a few whole numbers, and more than one."""

@@ -3,10 +3,10 @@
     python -m tests.bench_step --labeled 7 --gpu 0                         # each stage -> a row of results/step.csv
     python -m tests.bench_step --labeled 7 --cpu --preset cpu --steps 20 --beside
 
-Options are those of train_actnet.py, with --steps N (50), --csv FILE and --beside: the two loops in turns, same
-networks, batch, size and losses. The field's loop: one HDF5 file read per slice and step, turned and resized by scipy
-in two worker processes, fp32, NCHW, losses of plain torch one by one, the moving average parameter by parameter, the
-teacher along in every step, three waits for the device a step.
+Options are those of train_actnet.py, with --steps N (50; of a round beside 8), --csv FILE and --beside: the two loops
+in turns, same networks, batch, size and losses. The field's loop: one HDF5 file read per slice and step, turned and
+resized by scipy in two worker processes, fp32, NCHW, losses of plain torch one by one, the moving average parameter by
+parameter, the teacher along in every step, three waits for the device a step.
 """
 import argparse
 import sys
@@ -210,18 +210,18 @@ def beside(cfg, device, slices, rounds=5, steps=8):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], add_help=False)
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int)
     parser.add_argument("--csv", type=Path, default=Path(__file__).parent.parent / "results" / "step.csv")
     parser.add_argument("--beside", action="store_true")
     own, rest = parser.parse_known_args(argv)
     cfg, _ = train_actnet.resolve(train_actnet.parse(rest))
     device, slices = prepare(cfg)
     if own.beside:
-        beside(cfg, device, slices)
+        beside(cfg, device, slices, steps=own.steps or 8)
         return 0
     rate = matrix_rate(device)
     for stage in list_stages(cfg):
-        row = time_stage(cfg, device, slices, stage, own.steps, rate)
+        row = time_stage(cfg, device, slices, stage, own.steps or 50, rate)
         train_actnet.append_row(own.csv, row)
         print("\n".join(f"{k:18} {v}" for k, v in row.items()), end="\n\n")
     return 0

@@ -242,7 +242,7 @@ def test_what_the_header_does_not_tell(capsys, monkeypatch, open_page, cine, tmp
     spacing = [f"{mm:g}" for mm in nib.load(cine).header.get_zooms()[2::-1]]
 
     def tell(expected, *options):
-        code = predict.main([str(CHECKPOINT), "metres.nii.gz", "--out", "out", *options])
+        code = predict.main([str(STUDENT), "metres.nii.gz", "--out", "out", *options])
         assert code == expected
         return capsys.readouterr().err.strip().removeprefix("predict.py: ")
 
@@ -299,7 +299,7 @@ def test_a_file_is_read_once(cine, monkeypatch, tmp_path):
     import app
     reads, real = [], predict.read_scan
     monkeypatch.setattr(predict, "read_scan", lambda *a: reads.append(a) or real(*a))
-    nets, checkpoint = evaluate.load_networks(CHECKPOINT)
+    nets, checkpoint = evaluate.load_networks(STUDENT)
     source = nib.load(cine).slicer[..., 0]
     nib.save(source, tmp_path / "still.nii.gz")
     folder = tempfile.TemporaryDirectory(dir=tmp_path)
