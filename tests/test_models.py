@@ -1,4 +1,5 @@
 """models.py: sizes, any input, the one inference path, checkpoints whole or refused."""
+import hashlib
 import inspect
 import io
 import os
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, Bomb, no_room, one_line, python
+from conftest import ROOT, STUDENT, Bomb, no_room, one_line, python
 
 import augment
 import models
@@ -30,6 +31,12 @@ def test_parameter_counts():
     assert round(teacher / 1e6, 1) == 124.4
     assert round(student / 1e6, 4) == 0.4825
     assert round(teacher / student, 1) == 257.8
+
+
+def test_the_card_tells_of_the_shipped_student():
+    card = STUDENT.with_suffix(".md").read_text(encoding="utf-8")
+    assert hashlib.sha256(STUDENT.read_bytes()).hexdigest() in card
+    assert f"{count_parameters(load_model(STUDENT)[0]):,} parameters" in card
 
 
 def test_macs_by_hand():
