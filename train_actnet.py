@@ -426,8 +426,13 @@ class Run:
             raise DataError(f"--data {cfg.data}: not the slices and volumes that {cfg.out} began with; give those")
         # A little more than was trained on: holds every heart but the largest; far more costs a point of Dice.
         self.inference = dict(view=cfg.view, size=cfg.size * 9 // 8 if cfg.view == "heart" else cfg.size)
+        shapes = [cfg.teacher]
+        if cfg.teacher_ckpt:
+            files = [self.folder / name for name in self.teachers] if resume else cfg.teacher_ckpt
+            found = [load_teacher(file, cfg)[0].architecture for file in files]
+            shapes = [(a["depth"], a["base"]) for a in found]
         # FLOP of the teachers' answer about one slice, near enough.
-        self.answer_cost = cfg.views * len(self.teachers) * slice_cost(cfg.teacher, cfg.size * 9 // 8)
+        self.answer_cost = cfg.views * sum(slice_cost(shape, cfg.size * 9 // 8) for shape in shapes)
         state = resume or dict(step=0, seconds=0.0, best={}, scores={})
         self.start_step = self.done = state["step"]
         self.seconds = state["seconds"]
@@ -444,13 +449,11 @@ class Run:
             self.open_folder()
 
     def check_start(self):
-        """Whether the device and the checkpoints given suit a run that begins."""
+        """Whether the device and the start that was given suit a run that begins."""
         cfg = self.cfg
         if cfg.precision == "bf16" and not models.bf16_pays(self.device):
             raise DataError(f"--precision bf16: this device only emulates it; "
                             f"{models.fast_precision(self.device)} is what --precision auto takes here")
-        for path in cfg.teacher_ckpt:
-            load_teacher(path, cfg)
         if cfg.init:
             self.load_learner(cfg.init)
 

@@ -458,6 +458,8 @@ def test_several_teachers_answer_and_stay(data, tmp_path, monkeypatch):
         Path(path).unlink()
     assert main(["--resume", str(tmp_path / "run"), "--iters", "6"]) == 0
     assert len(asked[-1]) == 2
+    again = train_actnet.Run(*train_actnet.resolve(dict(resume=str(tmp_path / "run"), iters=7)))
+    assert again.answer_cost == again.cfg.views * sum(train_actnet.slice_cost(shape, 36) for shape in ((2, 8), (3, 4)))
 
 
 def test_a_start_is_remembered(data, tmp_path):
