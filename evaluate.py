@@ -544,20 +544,20 @@ def draw_cases(folder, root, split, scored):
 @contextmanager
 def staging(out, names):
     """A hidden folder whose files `names` move into `out` on success; after an error `out` is as it was. Removes those
-    of killed processes: the lock in each is held as long as its process lives."""
+    of killed processes: the file beside each is locked as long as its process lives."""
     parent = next(p for p in (out, *out.absolute().parents) if p.exists())
     for place in {parent, out.absolute().parent}:
-        for path in place.glob(f"{HIDDEN}*/.lock"):
+        for path in place.glob(f"{HIDDEN}*.lock"):
             with suppress(OSError, AttributeError), open(path, "r+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)                   # BlockingIOError: its process lives
-                shutil.rmtree(path.parent, ignore_errors=True)
+                shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+                path.unlink()
     folder = parent / f"{HIDDEN}{uuid.uuid4().hex}"
     try:
-        folder.mkdir(mode=0o700)
-        with open(folder / ".new", "x") as lock:
+        with open(f"{folder}.lock", "x") as lock:                # before the folder: a kill at any moment leaves this
             with suppress(OSError, AttributeError):              # a disk, or a system, without locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                os.rename(lock.name, folder / ".lock")           # nobody finds it before it is held
+            folder.mkdir(mode=0o700)
             yield folder
             out.mkdir(parents=True, exist_ok=True)
             for name in names:                                   # the last one last: where it stands, the rest does
@@ -570,6 +570,8 @@ def staging(out, names):
                 os.replace(fresh, out / name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            os.unlink(f"{folder}.lock")
 
 
 @contextmanager
