@@ -185,7 +185,7 @@ def asked_slices(frames):
     return np.stack([frames[steps * i // 4, z] for i, z in enumerate((low, near, last - near, last - low))])
 
 
-def doubts(labels, image, ml, entropy, phase, usual=USUAL):
+def odd_result(labels, image, ml, entropy, phase, usual=USUAL):
     """What is implausible about one frame's result -> [texts]. labels, image (Z, Y, X), ml of RV, MYO, LV; the entropy,
     and what it usually is."""
     slices = np.count_nonzero((labels > 0).any((1, 2)))
@@ -240,7 +240,7 @@ def predict_file(nets, source, stem, inference, find=True, component=True, entro
         image = np.subtract(frames[t], frames[t].min(), dtype=np.float64).astype(np.float32)
         volume = Volume(source.name, image, None, spacing, None)
         shown.append((f"{phase}, frame {t + 1}" if phase else "", volume, labels[t]))
-        told = doubts(labels[t], image, ml[t], rows[t]["entropy"], phase, usual)
+        told = odd_result(labels[t], image, ml[t], rows[t]["entropy"], phase, usual)
         warnings += [f"{phase}: {text}" if phase else text for text in told]
     title = source.name.encode("utf-8", "replace").decode().replace("$", r"\$")       # as matplotlib takes any name
     with staging(stem.parent, [f"{stem.name}_{k}" for k in RESULTS]) as folder:

@@ -105,7 +105,7 @@ def as_frames(array, axes):
     return np.expand_dims(frames, tuple(i for i, c in enumerate("tzyx") if c not in axes))
 
 
-def doubts(shape, spacing):
+def odd_stack(shape, spacing):
     """(Z, Y, X) and mm -> what is odd about them as a stack of short-axis slices: a text, empty for nothing."""
     extent = [n * s for n, s in zip(shape, spacing, strict=True)]
     gap, *pixel = spacing
@@ -158,10 +158,10 @@ def candidates(array, zooms, spacing, axes):
         shape = as_frames(array, order).shape[1:]
         along = dict(zip(order, zooms, strict=False))
         mm = tuple(spacing or (along.get(c, 1.0) for c in "zyx"))
-        ways.append((True, order, mm, doubts(shape, mm)))
+        ways.append((True, order, mm, odd_stack(shape, mm)))
         if not spacing and not order.startswith("xyz"):              # the array was turned, its header left behind
             mm = zooms[2::-1]
-            ways.append((False, order, mm, doubts(shape, mm)))
+            ways.append((False, order, mm, odd_stack(shape, mm)))
     return ways
 
 
@@ -203,7 +203,7 @@ def read_scan(source, spacing=None, axes=None):
     elif array.ndim == 4 and array.shape[3] == 1:
         array = array[..., 0]
     zooms = spacing[::-1] if spacing else header_spacing(source, zooms[::-1], nifti)
-    plane = doubts((1, *array.shape[1::-1]), (1, *zooms[1::-1]))
+    plane = odd_stack((1, *array.shape[1::-1]), (1, *zooms[1::-1]))
     zooms = (*zooms, *(float(z) for z in nifti.header.get_zooms()[3:4]))
     if array.ndim == 3 and not (axes or plane) and (found := unfold(array.T)):
         axes, turned = found

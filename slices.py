@@ -105,7 +105,7 @@ class Slices:
         """From now on batches are of this stage, and without answers."""
         self.stage, self.answers = stage, None
 
-    def keep_answers(self, folder):
+    def make_room(self, folder):
         """An empty place for the answers, (n, 3, S, S) uint8 of RV, MYO, LV, where --cache says."""
         shape = len(self.names), 3, self.side, self.side
         if self.cache == "disk":                                       # a file without a name: it goes with the run

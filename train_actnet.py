@@ -1,14 +1,14 @@
 """Train a 0.48 M-parameter student from a few labelled patients and many without labels: one run, three stages.
 
     L_seg = L_dice + L_ce                                    labelled slices
-    1. Teacher       T learns from L_seg alone; its best on val answers about every slice, once.
+    1. Teacher       T learns from L_seg alone; its best on val answers about every slice, once (a --round).
     2. Student       S learns from L_seg alone; its best on val goes on.
     3. Co-teaching   S learns from the labels, from T's answers t and from C, the moving average of its own weights:
        L_kd  = distance(softmax(s / tau), softmax(t / tau))  teacher -> student, all slices            (Hete-KD)
        L_co  = distance(softmax(s), softmax(c))              co-teacher -> student, other perturbation (Homo-KD);
-               by default L_seg on hard labels where the mean of c and t is sure
+               by default L_seg on hard labels of the unlabelled slices, where the mean of c and the kept t is sure
        L_stu = L_seg + lambda_kd * L_kd + lambda_co * L_co
-       theta_c <- ema * theta_c + (1 - ema) * theta_s        after every step, batch-norm statistics too
+       theta_c <- ema * theta_c + (1 - ema) * theta_s        after every step, at first a plain mean; batch norm too
     With --teacher-along (--preset paper) there is stage 3 alone, and T trains in every step.
 
 Zhao, Zhu, Zeng, Veeravalli, Guan: "ACT-Net: Asymmetric Co-Teacher Network for Semi-supervised Memory-efficient
@@ -65,6 +65,7 @@ def flag(key):
 
 
 def option(default, text, choices=None, group=None, low=0, high=10**9):
+    """A field of Config and its option; `group` begins a group of --help, for it and those after it."""
     return field(default=default, metadata=dict(help=text, choices=choices, group=group, low=low, high=high))
 
 
@@ -89,7 +90,7 @@ class Config:
     deterministic: bool = option(False, "only kernels that repeat bit for bit, slower on a GPU")
     batch: int = option(24, "slices of a co-teaching step", group="data", low=1, high=2**16)
     labeled_batch: int = option(12, "of these with labels; follows --batch", low=1)
-    sup_batch: int = option(24, "slices of a step on the labels alone", low=1, high=2**16)
+    sup_batch: int = option(24, "slices of a step on the labels alone; follows --batch", low=1, high=2**16)
     cache: str = option("auto", "where slices wait; auto: the first that fits", ("auto", "device", "ram", "disk"))
     size: int = option(160, "side of the training window, pixels", low=8, high=2048)
     view: str = option("heart", "heart: centre, native resolution; whole: slice squeezed", ("heart", "whole"))
@@ -144,13 +145,13 @@ def check_value(f, value):
     usual = f.default if isinstance(f.default, tuple) else (f.default,)
     if f.default == ():                                                                      # any number of names
         usual = ("",) * len(parts)
-    option, shown, bounds = flag(f.name), " ".join(map(str, parts)), f.metadata
+    name, shown, bounds = flag(f.name), " ".join(map(str, parts)), f.metadata
     if type(value) is not type(f.default) or [type(v) for v in parts] != [type(v) for v in usual]:
-        raise DataError(f"{option} {shown!r}: not of the kind of {f.default!r}")
+        raise DataError(f"{name} {shown!r}: not of the kind of {f.default!r}")
     if bounds["choices"] and value not in bounds["choices"]:
-        raise DataError(f"{option} {shown!r}: choose from {', '.join(bounds['choices'])}")
+        raise DataError(f"{name} {shown!r}: choose from {', '.join(bounds['choices'])}")
     if not all(bounds["low"] <= v <= bounds["high"] for v in parts if type(v) in (int, float)):        # NaN fails too
-        raise DataError(f"{option} {shown}: must lie between {bounds['low']} and {bounds['high']}")
+        raise DataError(f"{name} {shown}: must lie between {bounds['low']} and {bounds['high']}")
 
 
 PRESETS = {
@@ -189,18 +190,19 @@ class Stage(NamedTuple):
 
 def count_steps(cfg):
     """--iters and --stages -> the steps of teacher, student and co-teaching; 0 where the run leaves one out."""
+    if cfg.teacher_along:
+        return 0, 0, cfg.iters
     present = dict(sup=(0, 1, 0), mt=(0, 1, 1), kd=(1, 1, 1), act=(1, 1, 1))[cfg.method]
     parts = [part * there for part, there in zip(cfg.stages, present, strict=True)]
     if cfg.teacher_ckpt:
         parts[0] = 0
     if cfg.init and cfg.method != "sup":
         parts[1] = 0
-    if cfg.teacher_along:
-        parts = [0, 0, 1]
-    if not any(parts[1:]):                                  # of the stages that are left only one can be meant
-        parts = [0, 1, 0] if cfg.method == "sup" else [parts[0], 0, 1]
+    if not any(parts[1:]):                                  # nothing is left for the learner: the method's last stage
+        parts[1 if cfg.method == "sup" else 2] = 1
     steps = [max(1, cfg.iters * part // sum(parts)) if part else 0 for part in parts]
-    steps[steps.index(max(steps))] += cfg.iters - sum(steps)                                  # rounding, either way
+    longest = steps.index(max(steps))
+    steps[longest] += cfg.iters - sum(steps)                # what rounding left over, or took too much
     if any(part and n < 1 for part, n in zip(parts, steps, strict=True)):
         raise DataError(f"--iters {cfg.iters}: fewer than one step for each of the stages")
     return tuple(steps)
@@ -245,7 +247,7 @@ class ActNet:
             self.optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=0.05, fused=True)
         else:
             self.optimizer = torch.optim.SGD(parameters, lr=cfg.lr, momentum=0.9, weight_decay=1e-4, fused=True)
-            for p in parameters:                          # torch's own would hold anything after a skipped first step
+            for p in parameters:                          # torch's own is uninitialised after a skipped first step
                 self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
         self.wrapped = dict(nets)                                               # what a step calls
         if cfg.compile:                                       # static: the networks differ in their number of rows
@@ -258,22 +260,27 @@ class ActNet:
         part's work has been issued."""
         cfg, n_labeled, local = self.cfg, len(y), step - self.stage.start
         coteacher, pseudo = self.wrapped.get("coteacher"), cfg.consistency == "pseudo"
-        for group in self.optimizer.param_groups:
+        for group in self.optimizer.param_groups:                            # the learning-rate schedule of a stage
             group["lr"] = cfg.lr * max(0, 1 - local / self.stage.steps) ** 0.9
-        ramp = math.exp(-5 * (1 - min(1, local / max(1, cfg.ramp * self.stage.steps))) ** 2) if cfg.ramp else 1.0
+        ramp = 1.0
+        if cfg.ramp:
+            risen = min(1, local / max(1, cfg.ramp * self.stage.steps))
+            ramp = math.exp(-5 * (1 - risen) ** 2)
 
         # One geometry for all networks, an intensity of its own for each: hard pictures for those who learn, mild
-        # ones for those who answer. Of several processes each takes every world-th row.
-        asked = x[n_labeled:] if pseudo else x                               # hard labels only where there are none
-        if coteacher is None:
-            asked = x[:0]
+        # ones for those who answer. The student's are mixed (CutMix); the others see whole slices, and their answers
+        # are mixed. Of several processes each takes every world-th row.
+        asked = x[:0]
+        if coteacher is not None:
+            asked = x[n_labeled:] if pseudo else x                           # hard labels only where there are none
         hard, mild = cfg.intensity, cfg.intensity / 4
         views = [(x, hard), (asked, mild)]
         if self.along:
             views += [(x[:n_labeled], hard), (x[n_labeled:], mild)]
-        x_s, x_c, *x_t = augment.perturb_each(views, rng, self.noise)
+        x_s, x_c, *x_along = augment.perturb_each(views, rng, self.noise)
         boxes = augment.boxes(len(x) - n_labeled, cfg.size, cfg.cutmix, rng, self.device)
-        x_s, x_c, *x_t = map(own_rows, (augment.mix(x_s, boxes), x_c, *x_t))
+        x_s = augment.mix(x_s, boxes)
+        x_s, x_c, *x_along = map(own_rows, (x_s, x_c, *x_along))
         mark("data")
 
         c, t_seg, t = None, None, answers
@@ -285,7 +292,7 @@ class ActNet:
                     c = augment.mix(gather(coteacher(x_c)), boxes)                          # (B or B - L, C, S, S)
             mark("coteacher")
             if self.along:
-                t_seg, t = self.teach(*x_t)
+                t_seg, t = self.teach(*x_along)
             if t is not None:
                 t = augment.mix(t, boxes)
         mark("teacher")
@@ -296,9 +303,12 @@ class ActNet:
         dice, ce, kd, co = student_loss(s, y, t, None if pseudo else c, tau=cfg.tau, distill=cfg.distill,
                                         expected_grads=expected, **dice_kind)
         if c is not None and pseudo:
-            said = [c] if answers is None else [c, t[n_labeled:]]               # a teacher along lags behind c
+            said = [c]
+            if answers is not None:                                             # a teacher along lags behind c
+                said.append(t[n_labeled:])
             sure, labels = torch.stack([a.float().softmax(1) for a in said]).mean(0).max(1)      # (B - L, S, S)
-            co = sum(dice_ce(s[n_labeled:], labels.masked_fill(sure < cfg.confidence, -100), **dice_kind), co)
+            labels = labels.masked_fill(sure < cfg.confidence, -100)                             # ignored by dice_ce
+            co = sum(dice_ce(s[n_labeled:], labels, **dice_kind), co)           # co is 0: its gradient is as expected
         loss = dice + ce + w_kd * kd + w_co * co                                                       # L_stu
         teacher_seg = sum(dice_ce(t_seg, y, **dice_kind)) if self.along else s.new_zeros(())           # its own L_seg
         mark("loss")
@@ -310,8 +320,9 @@ class ActNet:
         self.scaler.step(self.optimizer)                       # fp16: leaves the weights where a gradient is infinite
         self.scaler.update()
         mark("optimizer")
-        if coteacher is not None:      # a mean of the first steps, then the moving average; skipped steps count too
-            get_ema_multi_avg_fn(min(cfg.ema, local / (local + 1)))(*self.averaged, None)
+        if coteacher is not None:
+            decay = min(cfg.ema, local / (local + 1))          # a mean of the first steps; skipped steps count too
+            get_ema_multi_avg_fn(decay)(*self.averaged, None)
             torch._foreach_copy_(*self.copied)
         mark("ema")
         return torch.stack((loss, dice, ce, kd, co, teacher_seg)).detach()
@@ -341,8 +352,10 @@ def prepare(cfg, threads=None):
     device = pick_device(gpu, cfg.cpu, threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)                      # what has no tensor to go by: events, pinned memory, bf16?
-    teacher = cfg.stages[0] or cfg.teacher_along
-    for key in sorted({cfg.network, "teacher"} if teacher else {cfg.network}):
+    trained = {cfg.network}
+    if cfg.stages[0] or cfg.teacher_along:
+        trained.add("teacher")
+    for key in sorted(trained):
         depth, base = getattr(cfg, key)
         if cfg.size < 2**depth:                                 # batch norm would meet a single pixel
             raise DataError(f"--{key} {depth} {base}: needs --size {2**depth} at least, not {cfg.size}")
@@ -355,7 +368,7 @@ def prepare(cfg, threads=None):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # warn_only: max-pooling's backward is called non-deterministic, but our windows do not overlap.
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False          # NaN into each empty tensor: time only
+        torch.utils.deterministic.fill_uninitialized_memory = False          # it would write NaN there, for nothing
     return device, Slices(cfg, device)
 
 
@@ -410,7 +423,7 @@ class Run:
         config.json, start.pt (--init), teacher*.pt (--teacher-ckpt)    before the first step
         log.csv                                                         every --log-every steps
         teacher.pt in stage 1, then best.pt                             at a validation that is better
-        last.pt, the one before it as previous.pt; curves.png           a stage's end, a stop, a minute after the last
+        last.pt, the one before it as previous.pt; curves.png           a round's end, a stop, --save-minutes later
         start.pt; renewal-STEP.pt                                       as stage 3 begins; as its next round begins
         student.pt, summary.json, a row of --table                      at the end
     """
@@ -432,7 +445,7 @@ class Run:
             found = [load_teacher(file, cfg)[0].architecture for file in files]
             shapes = [(a["depth"], a["base"]) for a in found]
         # FLOP of the teachers' answer about one slice, near enough.
-        self.answer_cost = cfg.views * sum(slice_cost(shape, cfg.size * 9 // 8) for shape in shapes)
+        self.answer_cost = cfg.views * sum(slice_cost(shape, self.inference["size"]) for shape in shapes)
         state = resume or dict(step=0, seconds=0.0, best={}, scores={})
         self.start_step = self.done = state["step"]
         self.seconds = state["seconds"]
@@ -440,8 +453,9 @@ class Run:
         self.scores = state["scores"]                                    # of the last validation
         self.began = self.saved = time.perf_counter()
         self.bar, self.asked, self.entered = None, [], None              # entered: the ActNet of a resumed stage
-        if resume:                                # a state that does not fit is refused before anything is written
-            self.entered = next((self.enter(stage) for stage in self.stages if self.done < stage.end), None)
+        if resume:                                           # a state that does not fit is refused before a step
+            now = next((stage for stage in self.stages if self.done < stage.end), None)
+            self.entered = self.enter(now) if now else None
         else:
             self.check_start()
         self.total = self.cost(cfg.iters)
@@ -533,7 +547,8 @@ class Run:
 
     def learn(self, stage):
         """The steps of a stage, from the run's step on. Returns whether it came to its end."""
-        actnet, self.entered = self.entered or self.enter(stage), None
+        actnet = self.entered or self.enter(stage)
+        self.entered = None
         self.slices.begin(stage)
         for begin, end in stage.rounds:
             if self.done >= end:
@@ -552,12 +567,12 @@ class Run:
             self.save(actnet)                                                     # so that a run stopped here goes on
         nets = [load_teacher(self.folder / name, cfg) for name in self.teachers]
         if begin > actnet.stage.start:
-            if self.main and (self.done == begin or not renewal.exists()):
+            if self.main and self.done == begin:
                 save_checkpoint(renewal, self.content({"coteacher": actnet.nets["coteacher"]}))
             distributed.barrier()
             nets.append((load_model(renewal)[0], self.inference))
         nets = [(n.to(self.device, memory_format=torch.channels_last), inference) for n, inference in nets]
-        slices.keep_answers(self.folder)
+        slices.make_room(self.folder)
         for first in range(0, len(slices.names), 16):
             if self.stopping():
                 return False
@@ -576,7 +591,7 @@ class Run:
     def train_until(self, actnet, end):
         """Steps of the stage up to `end`. Returns False where the run was asked to stop, and has saved."""
         cfg, stage, history, alone = self.cfg, actnet.stage, [], world()[1] == 1
-        cost, marked = step_cost(cfg, stage), (self.done, time.perf_counter())
+        cost, since, began = step_cost(cfg, stage), self.done, time.perf_counter()        # of the row to come
         for step, batch in enumerate(self.slices.batches(self.done, end), self.done):
             history.append(actnet.step(step, *batch))
             self.done = step + 1
@@ -587,17 +602,17 @@ class Run:
             due = validates or self.done % cfg.log_every == 0
             if len(history) % 20 == 0 and not due:                                    # found at most 20 steps late
                 self.finite(actnet, history)
-            stop = self.stopping() if alone or due else False
+            stop = (alone or due) and self.stopping()                    # several processes vote, and wait for it
             if not (due or stop):
                 continue
-            late = time.perf_counter() - self.saved > 60 * cfg.save_minutes
-            saves = self.done == end or stop or (validates and late)
+            unsaved = (time.perf_counter() - self.saved) / 60                                             # minutes
+            saves = self.done == end or stop or (validates and unsaved > cfg.save_minutes)
 
             # Everything below waits for the device; above only the look at the terms, every 20 steps, does.
             terms, history = self.finite(actnet, history, weights=saves or validates), []
-            seconds = time.perf_counter() - marked[1]
+            seconds = time.perf_counter() - began
             self.seconds += seconds
-            slices = (self.done - marked[0]) * (cfg.sup_batch if stage.number < 3 else cfg.batch)
+            slices = (self.done - since) * (cfg.sup_batch if stage.number < 3 else cfg.batch)
             row = dict(zip(TERMS, terms.mean(0).round(6), strict=True), step=self.done, stage=stage.number,
                        seconds=round(self.seconds, 1), lr=round(actnet.optimizer.param_groups[0]["lr"], 8),
                        slices_per_s=round(slices / seconds, 1))
@@ -611,7 +626,7 @@ class Run:
                 self.tell(actnet, row)
             if stop and self.done < cfg.iters:
                 return False
-            marked = self.done, time.perf_counter()
+            since, began = self.done, time.perf_counter()
         return True
 
     # ---- looking at it
@@ -625,8 +640,8 @@ class Run:
             self.refuse(self.done - len(terms) + int(i), said)
         if actnet.scaler.get_scale() < 1:                                 # halved by each skipped step, from 65536 on
             self.refuse(self.done - 1, "fp16: steps are skipped, their gradients infinite at any scale of the loss")
-        for name, network in actnet.nets.items() if weights else ():
-            if not all(v.isfinite().all() for v in network.state_dict().values()):
+        for name, network in actnet.nets.items():
+            if weights and not all(v.isfinite().all() for v in network.state_dict().values()):
                 self.refuse(self.done - 1, f"the {name}'s weights are no longer finite")
         return terms
 
@@ -636,11 +651,11 @@ class Run:
                         f"{self.folder}; a lower --lr or --precision fp32 may help")
 
     def estimate(self):
-        """On a CPU: how long it will take, before the wait begins."""
+        """On a CPU: how long it will take, after the first steps."""
         if self.device.type != "cpu" or not self.main:
             return
-        left = (self.bar.total - self.bar.n) / (self.bar.n - self.bar.initial)
-        minutes = left * (time.perf_counter() - self.began) / 60
+        done, left = self.bar.n - self.bar.initial, self.bar.total - self.bar.n                            # FLOP
+        minutes = left / done * (time.perf_counter() - self.began) / 60
         smaller = minutes > 60 and self.cfg.teacher > PRESETS["cpu"]["teacher"]
         self.bar.write(f"about {minutes:.0f} minutes on this CPU{'; --preset cpu is smaller' if smaller else ''}")
 
@@ -652,14 +667,16 @@ class Run:
 
     def validate(self, actnet):
         """Score the stage's networks on val, keep the best -> the row's columns."""
-        kept = {name: net for name, net in actnet.nets.items() if not (name == "teacher" and actnet.along)}
+        kept = {name: net for name, net in actnet.nets.items() if name != "teacher" or not actnet.along}
         asked = actnet.nets if self.done == self.cfg.iters else kept      # a teacher along: told of at the end
-        searches, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # not for val's shapes
+        searches = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = False                            # a search does not pay for val's shapes
         self.scores = {name: evaluate.validate(net, self.volumes, self.inference) for name, net in asked.items()}
         torch.backends.cudnn.benchmark = searches
         means = {name: float(np.mean(self.scores[name]["dice"])) for name in kept}
         better = max(means, key=means.get)
-        if means[better] > self.best.get(actnet.learner, {}).get("score", -1.0):
+        before = self.best.get(actnet.learner)
+        if before is None or means[better] > before["score"]:
             scores = {name: self.scores[name] for name in kept}
             self.best[actnet.learner] = dict(step=self.done, score=means[better], better=better, scores=scores)
             content = self.content(kept) | dict(
@@ -683,16 +700,16 @@ class Run:
     def finish(self):
         """student.pt; the val scores of the last networks and of the best: on the screen, summary.json, --table."""
         cfg, best = self.cfg, self.best[self.cfg.network]
-        kept = load_checkpoint(self.folder / "best.pt")                  # what to give away: one network, in fp16
+        kept = load_checkpoint(self.folder / "best.pt")
         half = {k: v.half() if v.is_floating_point() else v for k, v in kept["networks"][best["better"]].items()}
-        small = self.folder / f"{cfg.network}.pt"
+        small = self.folder / f"{cfg.network}.pt"                         # to give away: one network, in fp16
         save_checkpoint(small, {**kept, "networks": {best["better"]: half}})
         rows = [(name, "last", self.done, scores) for name, scores in self.scores.items()]
-        rows += [(name, "best", kind["step"], scores) for kind in self.best.values()
-                 for name, scores in kind["scores"].items()]
+        for best_of in self.best.values():
+            rows += [(name, "best", best_of["step"], scores) for name, scores in best_of["scores"].items()]
         print(evaluate.validation_table(rows))
-        for name, when, step, scores in rows if cfg.table else ():
-            append_row(Path(cfg.table), self.table_row(name, when, step, scores))
+        for row in rows if cfg.table else ():
+            append_row(Path(cfg.table), self.table_row(*row))
         summary = dict(last={name: scores["dice"] for name, scores in self.scores.items()}, best=best,
                        teacher=self.best.get("teacher"), seconds=round(self.seconds, 1))
         data_prep.write_atomic(self.folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
@@ -733,18 +750,18 @@ def step_cost(cfg, stage):
     own, teacher = slice_cost(shape_of(cfg), cfg.size), slice_cost(cfg.teacher, cfg.size)
     if stage.number < 3:
         return 3 * cfg.sup_batch * (own if stage.number == 2 else teacher)
-    cost = 3 * cfg.batch * own
+    cost, unlabeled = 3 * cfg.batch * own, cfg.batch - cfg.labeled_batch
     if cfg.method in ("mt", "act"):
-        cost += (cfg.batch - cfg.labeled_batch * (cfg.consistency == "pseudo")) * own
-    if cfg.teacher_along:
-        cost += (cfg.batch + 2 * cfg.labeled_batch) * teacher
+        cost += (unlabeled if cfg.consistency == "pseudo" else cfg.batch) * own
+    if cfg.teacher_along:                                                  # learns from some, is asked about the others
+        cost += (3 * cfg.labeled_batch + unlabeled) * teacher
     return cost
 
 
 def train(cfg, resume=None):
     """One run: the teacher from the labels, the student from the labels, co-teaching. Returns its folder."""
     run = Run(cfg, resume)
-    style = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"                   # by arithmetic, not by steps
+    style = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"            # in FLOP: steps of the stages differ
     with heed_signals() as run.asked, tqdm(
             total=run.total, initial=run.cost(run.done), dynamic_ncols=True, disable=not run.main, bar_format=style,
             mininterval=1 if sys.stderr.isatty() else 30) as run.bar:
@@ -769,12 +786,13 @@ def parse(argv):
                        help="paper: the field's protocol, the paper's distances and figure; cpu: made for two cores")
     group.add_argument("--demo", action="store_true", help="train and evaluate on synthetic hearts")
     group.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
-    group.add_argument("--bench", action="store_true", help=argparse.SUPPRESS)
+    group.add_argument("--bench", action="store_true", help=argparse.SUPPRESS)         # moved; the error tells where
     for f in fields(Config):
         if f.metadata["group"] not in (None, "run"):
             group = parser.add_argument_group(f.metadata["group"])
         add_option(group, f)
-    blank, parser.format_help = parser.format_help, lambda: blank().replace("\n\n", "\n")      # it fits a screen
+    format_help = parser.format_help
+    parser.format_help = lambda: format_help().replace("\n\n", "\n")                           # it fits a screen
     given = vars(parser.parse_args(argv))
     if given.pop("bench", False):
         parser.error("python -m tests.bench_step times a step")
@@ -797,8 +815,8 @@ def add_option(group, f):
         metavar = {int: "N", float: "X"}.get(type(default))
         kind = dict(type=type(default), choices=f.metadata["choices"], metavar=metavar)
     shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-    shown = "" if default in ("", -1, False, 0.0, ()) else f" [{shown}]"
-    group.add_argument(flag(f.name), help=f.metadata["help"] + shown, **kind)
+    told = f.name == "seed" or default not in ("", -1, False, 0.0, ())
+    group.add_argument(flag(f.name), help=f.metadata["help"] + f" [{shown}]" * told, **kind)
 
 
 def resolve(given):
@@ -814,16 +832,16 @@ def resolve(given):
             raise DataError(f"--resume {folder}: --{'preset' if preset else 'demo'} may not change within a run")
         return resolve_resumed(given, folder)
     usual = dict(PRESETS.get("demo" if demo else preset, {}))
-    if given.get("method") in ("sup", "mt") or given.get("teacher_ckpt"):        # the protocol's other rows
+    if given.get("method") in ("sup", "mt") or given.get("teacher_ckpt"):        # --preset paper, no teacher along
         usual.pop("teacher_along", None)
-    if "batch" in given:                                                     # the shares of a batch follow it
-        share = Config(**usual)
-        if given.get("method", share.method) == "sup":
+    if "batch" in given:                                       # what is not given keeps its proportion to --batch
+        before = Config(**usual)
+        if given.get("method", before.method) == "sup":        # whose one stage --batch then means
             given.setdefault("sup_batch", given["batch"])
         for key in ("labeled_batch", "sup_batch"):
-            given.setdefault(key, max(1, given["batch"] * getattr(share, key) // share.batch))
+            given.setdefault(key, max(1, given["batch"] * getattr(before, key) // before.batch))
     cfg = Config(**{**usual, **given})
-    cfg = replace(cfg, stages=count_steps(cfg))
+    cfg = replace(cfg, stages=count_steps(cfg))                              # from here on steps, no longer parts
     if list_stages(cfg)[-1].answers and not (cfg.stages[0] or cfg.teacher_ckpt):
         raise DataError("--stages: no teacher stage, and no --teacher-ckpt to answer in its place")
     if not cfg.out:
@@ -896,7 +914,9 @@ def run_once(given):
             raise DataError(f"{remedy} ({data_prep.one_line(error)})") from None
     distributed.barrier()                                                                        # nobody leaves early
     if demo and rank == 0 and (run / "summary.json").exists():                                   # not stopped before
-        where = ["--cpu"] if cfg.cpu else ["--gpu", str(cfg.gpu)] if cfg.gpu >= 0 else []
+        where = ["--cpu"] if cfg.cpu else []
+        if cfg.gpu >= 0:                                                                         # never beside --cpu
+            where = ["--gpu", str(cfg.gpu)]
         return evaluate.main([str(run / "best.pt"), "--data", cfg.data, "--out", str(run / "test"), *where])
     return 0
 
@@ -904,7 +924,7 @@ def run_once(given):
 def main(argv=None):
     given = parse(argv)
     distributed.start()
-    # Until the loop, which saves first, SIGTERM is what Ctrl-C is: one line, nothing left behind.
+    # Until the loop, which saves first, SIGTERM is what Ctrl-C is: one line.
     handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def work():

@@ -77,7 +77,7 @@ def begin(cfg, device, slices, stage):
         nets["coteacher"].eval().requires_grad_(False)
     slices.begin(stage)
     if stage.number == 3 and cfg.method in ("kd", "act") and not cfg.teacher_along:
-        slices.keep_answers(Path.cwd())
+        slices.make_room(Path.cwd())
         slices.answers.random_(0, 85)                                                        # three of them below 255
     return ActNet(cfg, device, stage, nets, slices.noise)
 

@@ -476,11 +476,11 @@ def test_each_doubt_has_its_words():
     ml = np.array([90, 120, 100])
 
     def tell(labels=labels, image=image, ml=ml, entropy=0.04, phase="ED"):
-        return " ".join(predict.doubts(labels, image, ml, entropy, phase))
+        return " ".join(predict.odd_result(labels, image, ml, entropy, phase))
     assert tell() == ""
     assert tell(0 * labels) == "no heart found"
     assert "entropy 0.20, usual is 0.0" in tell(entropy=0.2)
-    assert predict.doubts(labels, image, ml, 0.2, "ED", usual=0.1) == []
+    assert predict.odd_result(labels, image, ml, 0.2, "ED", usual=0.1) == []
     assert "RV/LV 0.20" in tell(ml=ml * (0.222, 1, 1))
     assert tell(ml=ml * (0.222, 1, 1), phase="ES") == ""
     assert "blood darker than muscle" in tell(image=-image)

@@ -310,7 +310,7 @@ def test_answers_follow_the_image(data):
     them is background."""
     cfg = config(data, labeled=2, batch=4, labeled_batch=4, size=32, method="kd")
     slices = pool(cfg)
-    slices.keep_answers(None)
+    slices.make_room(None)
     for k in (1, 2, 3):
         slices.answers[:, k - 1] = 255 * (slices.labels[:, 0] == k)
     for step in range(3):
