@@ -53,14 +53,15 @@ _IDS = {  # the community's split in its order: --labeled k takes the first k of
     "official": " ".join(str(n) for n in range(101, 151)),
 }
 SPLIT: dict[str, tuple[str, ...]] = {s: tuple(f"patient{n}" for n in ids.split()) for s, ids in _IDS.items()}
-VOLUME, SLICE = r"patient\d{3}_frame\d\d", r"patient\d{3}_frame\d\d_slice_[1-9]\d{0,3}"  # names in the lists
+VOLUME, SLICE = r"patient\d{3}_frame\d\d", r"patient\d{3}_frame\d\d_slice_[1-9]\d{0,3}"
+# names in the lists; name[:10] is the patient, name[:18] the volume
 MAX_VOXELS = 2**28  # 1 GiB in float32; a cine of 256 x 256 x 10 x 30 has 2**24
 DEFLATE = 1100  # zlib shrinks 1032 times at most: a file that claims more than that lies
 NIFTI_STARTS = {n.to_bytes(4, order) for n in (348, 540) for order in ("little", "big")}  # the header's own length
 FETCH, AGAIN, RESTORE = "fetch the file again", "prepare the data again", "restore it from the release"  # remedies
 MAX_TAIL = 2**20  # bytes that a .nii.gz may hold behind its voxels
 FEW = 30  # pixels of a class, below which nothing is judged by it
-FACTS = {  # what an annotated volume has: refused outside of the first range, warned about outside of the second
+FACTS = {  # what judge() measures, in its order: refused outside of the first range, warned about outside of the second
     "of the LV's border touches the MYO": ((0.1, 1), (0.96, 1)),  # 164 volumes of ACDC: 0.987 to 1
     "of the RV's border touches the MYO": ((0.02, 0.75), (0.1, 0.55)),  # 0.172 to 0.440
     "mm from the RV's centre right to the LV's": ((0, 120), (4, 75)),  # 9.5 to 53.7, in pixels 5.6 to 62.8
@@ -83,6 +84,7 @@ class Volume(NamedTuple):
 
 
 def require(ok, path, problem, remedy=AGAIN):
+    """DataError "PATH: PROBLEM; REMEDY" unless ok; path: the file, or the option, at fault."""
     if not ok:
         raise DataError(f"{path}: {problem}; {remedy}")
 
@@ -93,7 +95,9 @@ def one_line(error):
 
 def exit_code(prog, work, errors=(), interrupted="run it again to go on", memory="close other programs"):
     """work() of a script -> its exit code (None: 0). A user's error (DataError, OSError and `errors`) and want of
-    memory are one line on stderr and 2, Ctrl-C one line and 130; `interrupted` and `memory` say what helps."""
+    memory are one line on stderr and 2, Ctrl-C one line and 130; `interrupted`, `memory`: what is left, what helps."""
+    with suppress(AttributeError, OSError):  # of a stream that is no file, or has been replaced
+        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be text
     try:
         return work() or 0
     except (DataError, OSError, *errors) as e:
@@ -122,14 +126,17 @@ def readable(path, remedy=AGAIN):
             remedy = "another process has it open: close it there and run again"
         elif isinstance(e, PermissionError):
             remedy = "give yourself the right to read it"
+        elif isinstance(e, MemoryError):  # or it is damaged, and claims too much
+            remedy = f"close other programs, or {remedy}"
         raise DataError(f"{path}: cannot be read ({one_line(e)}); {remedy}") from None
 
 
 def require_room(path, numbers, claim, remedy=AGAIN):
     """Before an array of so many numbers is allocated: it is not empty, and no larger than the file can hold."""
     require(0 < numbers <= DEFLATE * os.path.getsize(path), path, f"{claim}, more than the file can hold", remedy)
-    ours = f"{claim}, above the limit of {MAX_VOXELS} voxels that is ours"
-    require(numbers <= MAX_VOXELS, path, ours, "cut it to the heart or into parts, or raise MAX_VOXELS in data_prep.py")
+    problem = f"{claim}, above the limit of {MAX_VOXELS} voxels that is ours"
+    remedy = "cut it to the heart or into parts, or raise MAX_VOXELS in data_prep.py"
+    require(numbers <= MAX_VOXELS, path, problem, remedy)
 
 
 def checked_label(path, label, image, remedy=AGAIN):
@@ -139,8 +146,8 @@ def checked_label(path, label, image, remedy=AGAIN):
 
 
 def measure(image, label):
-    """(..., Y, X) each -> (7, 4), which adds up over the slices of a volume: how often a pixel of class i has a
-    neighbour of class j in its slice (4, 4); of RV, MYO, LV pixels, columns, intensities, their squares (3, 4)."""
+    """(..., Y, X) each -> (7, 4), which adds up over slices. Rows 0 to 3: pairs of neighbours in a slice, of classes i
+    and j. Rows 4 to 6, for RV, MYO, LV: pixels, sum of their columns, of their intensities, of these squared."""
     rows = np.zeros((7, 4))
     for axis in (-2, -1):
         a = label.swapaxes(axis, -1)
@@ -162,8 +169,8 @@ def judge(path, measured, spacing):
         right = (lv[1] / lv[0] - rv[1] / rv[0]) * (spacing[-1] if spacing else 1)
         n, _, total, squares = lv + myo
         brighter = (lv[2] / lv[0] - myo[2] / myo[0]) / np.sqrt(squares / n - (total / n) ** 2)
-    enough = measured[4:, 0] >= FEW
-    judged = enough[[1, 0, 0, 1]] & enough[[2, 1, 2, 2]]  # the two classes that each of FACTS is about
+    has_rv, has_myo, has_lv = measured[4:, 0] >= FEW
+    judged = has_myo & has_lv, has_rv & has_myo, has_rv & has_lv, has_myo & has_lv  # the two that each fact is about
     values = np.where(judged, (touching[3], touching[1], right, brighter), np.nan)
     for (what, (gross, usual)), value in zip(FACTS.items(), values, strict=True):
         text = f"{value:.2f} {what}, usual is {usual[0]} to {usual[1]}"
@@ -177,7 +184,8 @@ def judge(path, measured, spacing):
 # ------------------------------------------------------------------------------------------------------------------ raw
 
 def load_nifti(path, judged=True):
-    """NIfTI -> (array (Z, Y, X) or (T, Z, Y, X) in the file's dtype, spacing (z, y, x) in mm, the nibabel image).
+    """NIfTI -> (array (Z, Y, X) or (T, Z, Y, X) in the file's dtype, float64 where it is scaled, spacing
+    (z, y, x) in mm, the nibabel image).
 
     Spacing is the header's zooms; ACDC's affine says 1 mm whatever the truth. A slope of NaN means unscaled. Time may
     be the fifth axis (x, y, z, 1, t), and axes of one voxel may follow.
@@ -191,10 +199,11 @@ def load_nifti(path, judged=True):
         require(not (plain and zipped), path, "not compressed", "rename it to .nii, or compress it with gzip")
         image = nib.load(path)
         shape, dtype = image.shape, image.get_data_dtype()
-        kind = f"{dtype} of shape {shape} is not a 3D or 4D image"
-        require(min(shape, default=0) > 0, path, kind, FETCH)
-        time = [n for n in shape[3:] if n > 1] or [1] * (len(shape) > 3)
-        require(len(shape) >= 3 and len(time) < 2, path, kind, "give it as (x, y, z) or (x, y, z, t)")
+        problem = f"{dtype} of shape {shape} is not a 3D or 4D image"
+        require(min(shape, default=0) > 0, path, problem, FETCH)
+        time = [max(shape[3:])] if len(shape) > 3 else []  # further axes are of one voxel
+        remedy = "give it as (x, y, z) or (x, y, z, t)"
+        require(len(shape) >= 3 and math.prod(shape[3:]) == math.prod(time), path, problem, remedy)
         remedy = "save the magnitude of complex numbers, one channel of colours"
         require(dtype.kind in "iuf", path, f"holds {dtype}, not real numbers", remedy)
         require_room(path, math.prod(shape), f"the header claims {shape}", FETCH)
@@ -218,9 +227,9 @@ def read_info(folder):
     """Info.cfg of a patient's folder -> {"ED": 1, "ES": 12, "Group": "DCM", ...}."""
     path = Path(folder) / "Info.cfg"
     with readable(path, RESTORE), open(path, "rb") as f:
-        text = f.read(65536)
-    code = "utf-16" if text[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"  # a byte-order mark of Windows
-    pairs = [line.partition(":") for line in text.decode(code, "replace").splitlines()]
+        raw = f.read(65536)
+    code = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"  # a byte-order mark of Windows
+    pairs = [line.partition(":") for line in raw.decode(code, "replace").splitlines()]
     info = {key.strip(): value.strip() for key, _, value in pairs}
     for phase in PHASES:
         require(re.fullmatch("[0-9]{1,4}", info.get(phase, "")), path, f"no frame number for {phase}", RESTORE)
@@ -244,7 +253,8 @@ def check_grid(path, truth, image):
     """Two nibabel images, the annotation PATH and its image, lie on one grid; an affine of ones counts as not given."""
     remedy = "resample the annotation to the image, or fetch both again"
     given = all(i.header["sform_code"] or i.header["qform_code"] for i in (truth, image))
-    same = not given or same_numbers(truth.affine, image.affine) or np.array_equal(truth.affine, np.eye(4))
+    same = not given or same_numbers(truth.affine, image.affine)
+    same = same or any(np.array_equal(i.affine, np.eye(4)) for i in (truth, image))
     require(same, path, "mirrored, turned or shifted: its affine is not the image's", remedy)
     zooms, expected = ([round(float(z), 4) for z in i.header.get_zooms()[:3]] for i in (truth, image))
     require(same_numbers(zooms, expected), path, f"zooms {zooms}, but the image's are {expected}", remedy)
@@ -253,7 +263,8 @@ def check_grid(path, truth, image):
 def read_patient(folder, needs_label, warnings=None):
     """ED and ES of a raw patient, checked -> [(image (Z, Y, X) float32, 0..1, label uint8 or None, attributes)] * 2;
     what looks odd is added to the list `warnings`."""
-    info, frames, told = read_info(folder), [], [] if warnings is None else warnings
+    info, frames = read_info(folder), []
+    warnings = [] if warnings is None else warnings
     for phase in PHASES:
         name = f"{folder.name}_frame{info[phase]:02d}"
         path, truth, label = raw_file(folder, name), raw_file(folder, f"{name}_gt"), None
@@ -262,15 +273,14 @@ def read_patient(folder, needs_label, warnings=None):
         require(array.ndim == 3, path, f"{array.ndim}D where one 3D frame belongs", RESTORE)
         with np.errstate(over="ignore", invalid="ignore"):  # refused below
             image = array.astype(np.float32)
-            low, high = image.min(), image.max()
-            span = high - low
+            low, span = image.min(), np.ptp(image)
         require(0 < span < np.inf, path, f"every voxel is {low} or the range overflows", FETCH)
         image = (image - low) / span
         if needs_label or truth.exists():
             label, _, its_header = load_nifti(truth)
             label = checked_label(truth, label, image, RESTORE)
             check_grid(truth, its_header, header)
-            told += judge(truth, measure(image, label), spacing)
+            warnings += judge(truth, measure(image, label), spacing)
         first = frames[0][2]["spacing"] if frames else spacing
         require(same_numbers(first, spacing), path, f"spacing {spacing} mm, but at ED {first}", RESTORE)
         attrs = {"spacing": spacing, "group": info["Group"], "source": f"{folder.name}/{path.name}"}
@@ -279,10 +289,10 @@ def read_patient(folder, needs_label, warnings=None):
 
 
 def find_patients(raw):
-    """{"patient001": folder, ...} in RAW's training/ and testing/, in those of RAW/database, or in RAW itself."""
+    """{"patient001": folder, ...} in RAW or RAW/database: there in training/ and testing/, or in itself."""
     found = {}
-    for parent in ("training", "testing", "", "database/training", "database/testing", "database"):
-        parent = Path(raw, parent)
+    for name in ("training", "testing", "", "database/training", "database/testing", "database"):
+        parent = Path(raw, name)
         for folder in sorted(parent.iterdir()) if parent.is_dir() else ():
             if re.fullmatch(r"patient\d{3}", folder.name) and folder.is_dir():
                 found.setdefault(folder.name, folder)
@@ -300,7 +310,7 @@ def read_array(path, h, key, ndim):
     numbers = len(d.shape or ()) == ndim and d.dtype.kind in "iuf"
     require(numbers, path, f"{key} is {d.dtype} of shape {d.shape}, not {ndim}D numbers")
     chunk = math.prod(d.chunks or ())  # is read whole, and may exceed the array
-    claim = f"{key} claims {d.shape}" + (f" in chunks of {d.chunks}" if chunk > (d.size or 0) else "")
+    claim = f"{key} claims {d.shape}" + (f" in chunks of {d.chunks}" if chunk > d.size else "")
     require_room(path, d.size and max(d.size, chunk), claim)
     return d[()]
 
@@ -326,7 +336,7 @@ def read_h5(path, ndim):
 def h5_path(root, name):
     """Where a slice or a volume lies: slices in data/slices/, or in data/ of a flat copy."""
     nested = Path(root) / "data" / "slices" / f"{name}.h5"
-    return nested if "_slice_" in name and nested.is_file() else Path(root) / "data" / f"{name}.h5"
+    return nested if "_slice_" in name and os.path.isfile(nested) else Path(root) / "data" / f"{name}.h5"
 
 
 def read_list(root, split, pattern=VOLUME):
@@ -342,12 +352,12 @@ def read_list(root, split, pattern=VOLUME):
 def volume_paths(root, name):
     """The files of a volume: one, or of a train volume its slices from base to apex."""
     path = h5_path(root, name)
-    if path.is_file() or not (Path(root) / "train_slices.list").is_file():
+    if os.path.isfile(path) or not os.path.isfile(Path(root) / "train_slices.list"):
         return [path]
     slices = [n for n in read_list(root, "train_slices", SLICE) if n.startswith(f"{name}_slice_")]
     whole = [f"{name}_slice_{z}" for z in range(1, len(slices) + 1)]
-    lacks = f"lacks slices of {name} between 1 and {len(slices)}"
-    require(sorted(slices) == sorted(whole), Path(root) / "train_slices.list", lacks)
+    problem = f"lacks slices of {name} between 1 and {len(slices)}"
+    require(sorted(slices) == sorted(whole), Path(root) / "train_slices.list", problem)
     return [h5_path(root, n) for n in whole] or [path]
 
 
@@ -504,7 +514,8 @@ def workspace(out, names):
                 yield
             except Exception:
                 for p in sorted(ours() - before, reverse=True):  # a folder comes after what it holds
-                    p.rmdir() if p.is_dir() else p.unlink()
+                    remove = p.rmdir if p.is_dir() else p.unlink
+                    remove()
                 raise
     except BrokenProcessPool:
         raise DataError(f"{out}: a worker was killed, perhaps for memory; run again with --workers 1") from None
@@ -532,27 +543,27 @@ def convert(raw, out, allow_missing=False, workers=None):
     """Raw ACDC -> prepared folder; returns the manifest. Patients that RAW lacks are an error without `allow_missing`.
     A second run leaves finished files alone and makes the rest."""
     found, out = find_patients(raw), Path(out)
-    split = {s: [p for p in ids if p in found] for s, ids in SPLIT.items()}
+    members = {s: [p for p in ids if p in found] for s, ids in SPLIT.items()}
     missing = [p for ids in SPLIT.values() for p in ids if p not in found]
-    lacks = f"lacks {len(missing)} of 150 patients, first {next(iter(missing), '')}"
-    require(allow_missing or not missing, raw, lacks, "add them or pass --allow-missing")
-    require(any(split.values()), raw, "holds none of ACDC's 150 patients", "give the folder that holds them")
+    problem = f"lacks {len(missing)} of 150 patients, first {next(iter(missing), '')}"
+    require(allow_missing or not missing, raw, problem, "add them or pass --allow-missing")
+    require(any(members.values()), raw, "holds none of ACDC's 150 patients", "give the folder that holds them")
 
-    jobs = {p: (found[p], s, out) for s, ids in split.items() for p in ids}
+    jobs = {p: (found[p], s, out) for s, ids in members.items() for p in ids}
     with workspace(out, ("data", "*.list", "manifest.json")):
         made = dict(zip(jobs, run_parallel(convert_patient, [*jobs.values()], workers, "convert"), strict=True))
         lists, counts = {}, {}
-        for s, ids in split.items():
+        for s, ids in members.items():
             lists[s] = [f"{p}_frame{n:02d}" for p in ids for n in (1, 2)]
             slices = sum(made[p][1] for p in ids)
             counts[s] = {"patients": len(ids), "volumes": len(lists[s]), "slices": slices}
         # The community lists a volume's slices as its file system returned them; ours ascend. Volumes: its order.
-        lists["train_slices"] = [Path(file).stem for p in split["train"] for file in made[p][0]]
+        lists["train_slices"] = [Path(file).stem for p in members["train"] for file in made[p][0]]
         for name, lines in lists.items():
             write_atomic(out / f"{name}.list", "".join(f"{line}\n" for line in lines).encode())
         versions = {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (np, h5py, nib)}}
         sha256 = {file: sha for sums, _, _ in made.values() for file, sha in sums.items()}
-        manifest = dict(counts=counts, split=split, missing=missing, versions=versions, sha256=sha256)
+        manifest = dict(counts=counts, split=members, missing=missing, versions=versions, sha256=sha256)
         write_atomic(out / "manifest.json", f"{json.dumps(manifest, indent=1)}\n".encode())  # last: all is there
     warn(text for _, _, warnings in made.values() for text in warnings)
     return manifest
@@ -575,8 +586,9 @@ def noted(faults):
 
 
 def check(root):
-    """Every list, file and checksum of a prepared folder, ours or the community's -> one line per fault."""
-    root, faults, lists, sums, volumes = Path(root), [], {}, {}, {}
+    """Every list, file and checksum of a prepared folder, ours or the community's -> one line per fault; what is only
+    odd is a warning on stderr."""
+    root, faults, lists, sums = Path(root), [], {}, {}
     require(root.is_dir(), root, "no such folder", "give the one that data_prep.py wrote")
     for name in (*SPLIT, "train_slices"):
         if name == "official" and not (root / "official.list").exists():
@@ -599,6 +611,7 @@ def check(root):
     if sums and odd and not faults:
         text = f"{len(odd)} files are in it or in the lists, but not in both, first {odd[0]!r}"
         faults.append(f"{manifest}: {text}; {AGAIN}")
+    volumes, spacings = {}, {}
     for file, name in tqdm(files.items(), desc="check", unit="file", disable=None):
         with noted(faults):
             image, label, attrs = read_h5(root / file, 2 if "_slice_" in name else 3)
@@ -608,14 +621,13 @@ def check(root):
             if label is not None:
                 before = volumes.get(name[:18], [0])[0]
                 volumes[name[:18]] = before + measure(image, label), attrs.get("spacing"), root / file
+            first = spacings.setdefault(name[:10], attrs.get("spacing"))
+            same = None in (first, attrs.get("spacing")) or same_numbers(first, attrs["spacing"])
+            require(same, root / file, f"spacing {attrs.get('spacing')} mm, but the patient's first is {first}")
 
-    for name, (measured, spacing, path) in volumes.items():
+    for measured, spacing, path in volumes.values():
         with noted(faults):
             warn(judge(path, measured, spacing))
-        first = volumes.get(f"{name[:10]}_frame01", (0, None))[1]
-        with noted(faults):
-            same = None in (first, spacing) or same_numbers(first, spacing)
-            require(same, path, f"spacing {spacing} mm, but at ED {first}")
     return faults
 
 
@@ -656,11 +668,6 @@ def check_slices(lists):
 # --------------------------------------------------------------------------------------------------------- command line
 
 class Parser(argparse.ArgumentParser):
-    def parse_args(self, *args):
-        with suppress(AttributeError, OSError):  # of a stream that is no file, or has been replaced
-            sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be text
-        return super().parse_args(*args)
-
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 

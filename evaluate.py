@@ -106,7 +106,7 @@ def surface_metrics(p, y, spacing=(1.0, 1.0, 1.0)):
 def case_metrics(pred, label, spacing=None):
     """Two label maps (Z, Y, X), spacing (z, y, x) in mm or None -> {metric: (3,) float64 for RV, MYO, LV}.
 
-    The keys of METRICS, those in mm NaN without spacing, and `one_empty`: bool, exactly one of the two is empty.
+    The keys of METRICS, those in mm NaN without spacing, and `one_empty`, (3,) bool: exactly one of the two is empty.
     """
     masks = [(pred == k, label == k) for k in range(1, len(CLASSES) + 1)]
     overlap = dice(pred, label)
@@ -133,9 +133,8 @@ def clinical_indices(ed, es):
 
 def agreement(prediction, annotation):
     """Pairs of values, those with a NaN left out -> n, bias (mean of prediction - annotation), its SD, Pearson's r."""
-    x, y = np.array([prediction, annotation], float).reshape(2, -1)
-    keep = np.isfinite(x) & np.isfinite(y)
-    x, y = x[keep], y[keep]
+    pairs = np.array([prediction, annotation], float)
+    x, y = pairs[:, np.isfinite(pairs).all(0)]
     related = len(x) > 2 and np.ptp(x) > 0 and np.ptp(y) > 0
     r = float(np.corrcoef(x, y)[0, 1]) if related else np.nan
     return dict(n=len(x), bias=mean(x - y), sd=deviation(x - y), r=r)
@@ -170,7 +169,8 @@ class Segmentation(NamedTuple):
 
 
 def segment(nets, image, inference, component=False):
-    """Segment (Z, Y, X) with the first of `nets`; the second, if there is one, is asked whether it agrees."""
+    """Segment (Z, Y, X) with the first of `nets`; the second, if there is one, is asked whether it agrees.
+    `inference`: options of segment_volume. `component`: the largest_component of each map; the entropy is of all."""
     began = time.perf_counter()
     labels, probs = segment_volume(nets[0], image, **inference, return_probs=True)
     seconds = time.perf_counter() - began
@@ -201,8 +201,8 @@ def validate(net, volumes, inference):
     results = [segment([net], v.image, inference) for v in volumes]
     cases = [case_metrics(result.labels, v.label) for result, v in zip(results, volumes, strict=True)]
     scores = {metric: np.mean([c[metric] for c in cases], axis=0).tolist() for metric in BRIEF}
-    told = [mean(r.entropy[r.labels > 0]) for r in results if r.labels.any()]
-    return scores | {"entropy": mean(told) if told else 1.0}
+    entropies = [mean(r.entropy[r.labels > 0]) for r in results if r.labels.any()]
+    return scores | {"entropy": mean(entropies) if entropies else 1.0}
 
 
 def validation_table(rows):
@@ -216,7 +216,7 @@ def validation_table(rows):
 
 def draw_curves(log, png):
     """log.csv of a run -> a PNG, whole or not at all: training losses and Dice on val against the step. Where the log
-    tells stages, a line and the number of each but the first stand at its first row."""
+    tells stages, a line with its number stands where each but the first begins."""
     from matplotlib.figure import Figure
     with open(log, newline="", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
@@ -229,7 +229,8 @@ def draw_curves(log, png):
     axes = figure.subplots(1, 2)
     for ax, (title, columns) in zip(axes, panels.items(), strict=True):
         for column in columns:
-            points = [(int(row["step"]), float(row[column])) for row in rows if float(row.get(column) or 0)]
+            points = [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
+            points = [p for p in points if p[1] or column.startswith("val")]                # a loss of 0 is none
             if points:
                 ax.plot(*zip(*points, strict=True), label=column, linewidth=1)
         if ax.lines:
@@ -316,12 +317,12 @@ def draw_contours(ax, labels, window):
 
 def draw_slice(frames, labels, spacing, t, z, outline=True, whole=False):
     """(T, Z, Y, X) images and labels, spacing (z, y, x) -> the Figure of slice z of frame t, both from 0, around the
-    heart or whole, with the outline of each class or without; as bright in every frame."""
+    heart or whole, with the outline of each class or without; grey levels are the same for all frames."""
     from matplotlib.figure import Figure
     heart = labels.any((0, 1))
     if whole or not heart.any():
         heart[:] = True
-    y, x = (np.flatnonzero(heart.any(axis))[[0, -1]] + (-15, 16) for axis in (1, 0))        # beyond the image, perhaps
+    y, x = ((places.min() - 15, places.max() + 16) for places in np.nonzero(heart))         # beyond the image, perhaps
     aspect = spacing[1] / spacing[2]
     figure = Figure(figsize=(6.4, 6.4 * aspect * np.ptp(y) / np.ptp(x)), facecolor="black")
     ax = figure.add_axes((0, 0, 1, 1), facecolor="black")
@@ -345,19 +346,19 @@ def draw_agreement(path, rows):
     pairs = [*axes[:2].T, *axes[2:].T]                                          # (above, below): the LV, then the RV
     order = ("lv_edv", "lv_esv", "lv_ef", "myo_mass", "rv_edv", "rv_esv", "rv_ef")
     for (above, below), index in zip(pairs, order, strict=False):
-        x, y = np.array([(r["prediction"], r["annotation"]) for r in rows if r["index"] == index]).T
-        a, unit = agreement(x, y), INDICES[index]
-        values = [v for v in (*x, *y) if np.isfinite(v)] or [0]
+        prediction, annotation = np.array([(r["prediction"], r["annotation"]) for r in rows if r["index"] == index]).T
+        a, unit = agreement(prediction, annotation), INDICES[index]
+        values = [v for v in (*prediction, *annotation) if np.isfinite(v)] or [0]
         low, high = min(values), max(values)
         margin = 0.06 * (high - low) or 1
         limits = low - margin, high + margin
-        above.plot(y, x, "o", color="#2a6fb0", alpha=0.7)
+        above.plot(annotation, prediction, "o", color="#2a6fb0", alpha=0.7)
         above.axline((low, low), slope=1, color="0.5", linewidth=1)
         above.set(title=f"{index_name(index)}, r {format_number(3, a['r'])}", xlabel=f"annotation, {unit}",
                   aspect="equal", xlim=limits, ylim=limits)
         above.locator_params(nbins=5)
         above.grid(alpha=0.25)
-        below.plot((x + y) / 2, x - y, "o", color="#2a6fb0", alpha=0.7)
+        below.plot((prediction + annotation) / 2, prediction - annotation, "o", color="#2a6fb0", alpha=0.7)
         for level, style in ((a["bias"], "-"), (a["bias"] - 1.96 * a["sd"], "--"), (a["bias"] + 1.96 * a["sd"], "--")):
             below.axhline(level, color="#c23b4b", linestyle=style, linewidth=1)
         below.set(title=f"bias {format_number(1, a['bias'], a['sd'])} {unit}", xlabel=f"mean, {unit}")
@@ -381,14 +382,13 @@ def evaluate_checkpoint(path, out, data=None, split="test", which=None, device="
     nets, checkpoint = load_networks(path, device, which)
     net, inference = nets[0], checkpoint["inference"]
     config = checkpoint.get("config") if isinstance(checkpoint.get("config"), dict) else {}
-    trained_on = str(config.get("data") or "data/ACDC")
+    trained_on = str(config.get("data") or "")
     root = Path(data or (trained_on if os.path.isdir(trained_on) else "data/ACDC"))
     names = find_volumes(root, split, config.get("labeled"))
     with staging(Path(out), RESULTS) as folder:
-        volumes = tqdm((data_prep.read_volume(root, n) for n in names), total=len(names), desc=f"{split} of {root}",
-                       unit="volume", disable=None, leave=False)
-        scored = [score_volume(nets, v, inference, find, component) for v in volumes]
-        clinical = clinical_rows(scored)
+        bar = tqdm(names, desc=f"{split} of {root}", unit="volume", disable=None, leave=False)
+        scored = [score_volume(nets, data_prep.read_volume(root, n), inference, find, component) for n in bar]
+        clinical, overlays = clinical_rows(scored), draw_cases(folder, root, split, scored)
         timed = scored[1:] or scored                                                      # the first one warms up
         summary = plain(dict(
             checkpoint=str(path), network=which or checkpoint["better"], step=checkpoint.get("step"),
@@ -397,7 +397,7 @@ def evaluate_checkpoint(path, out, data=None, split="test", which=None, device="
             checkpoint_bytes=Path(path).stat().st_size,
             ms_per_slice=1000 * sum(s.seconds for s in timed) / sum(len(s.pred) for s in timed),
             device=models.describe_device(device), data=str(root), split=split, volumes=len(names),
-            **summarize(scored, clinical), overlays=draw_cases(folder, root, split, scored)))
+            **summarize(scored, clinical), overlays=overlays))
         write_csv(folder / "metrics.csv", [row for s in scored for row in s.rows])
         if clinical:
             write_csv(folder / "clinical.csv", clinical)
@@ -414,7 +414,8 @@ def find_volumes(root, split, labeled):
     names = data_prep.read_list(root, source)
     if split == "unlabeled":
         slices = data_prep.read_list(root, "train_slices", data_prep.SLICE)
-        known = set(data_prep.first_patients(slices, labeled)) if type(labeled) is int else {n[:10] for n in names}
+        patients = list(dict.fromkeys(n[:10] for n in slices))                          # the first of them had labels
+        known = patients[:labeled] if type(labeled) is int else {n[:10] for n in names}
         names = [n for n in names if n[:10] not in known]
         data_prep.require(names, "--split unlabeled", f"the checkpoint was trained with {labeled} labelled patients: "
                           f"none in {root}/train.list is known to be without", "choose another --split")
@@ -422,7 +423,8 @@ def find_volumes(root, split, labeled):
         others = [s for s in SPLITS if (root / f"{s}.list").is_file() and data_prep.read_list(root, s)]
         choice = f"choose --split {' or '.join(others)}" if others else "choose another --data"
         raise DataError(f"{root / split}.list: empty; prepare the {split} patients with data_prep.py, or {choice}")
-    absent = [p for p in (data_prep.volume_paths(root, n)[0] for n in names) if not p.is_file()]
+    paths = [data_prep.volume_paths(root, n)[0] for n in names]
+    absent = [p for p in paths if not os.path.isfile(p)]                 # Path.is_file raises where it may not look
     if absent:
         raise DataError(f"{root}: {len(absent)} of the {len(names)} volumes of {source}.list are absent, first "
                         f"{absent[0].relative_to(root)}; prepare the data again")
@@ -431,7 +433,7 @@ def find_volumes(root, split, labeled):
 
 class Scored(NamedTuple):
     """A volume, segmented and, where it is annotated, scored."""
-    rows: list                         # of metrics.csv: RV, MYO, LV
+    rows: list                         # of metrics.csv: RV, MYO, LV of one case, patient, phase and group
     scores: dict | None                # case_metrics
     component: dict | None             # the same, in voxels, of the largest components; None with --largest-component
     pred: np.ndarray                   # (Z, Y, X) uint8
@@ -491,8 +493,8 @@ def clinical_rows(scored):
         pair = [phases[p].rows for p in PHASES if p in phases]
         if len(pair) < 2 or not all(np.isfinite(rows[0]["volume_ml"]) for rows in pair):
             continue
-        prediction, annotation = (clinical_indices(*([r[key] for r in rows] for rows in pair))
-                                  for key in ("volume_ml", "annotation_ml"))
+        prediction = clinical_indices(*([r["volume_ml"] for r in rows] for rows in pair))
+        annotation = clinical_indices(*([r["annotation_ml"] for r in rows] for rows in pair))
         table += [dict(patient=patient, group=pair[0][0]["group"], index=k, unit=unit, prediction=prediction[k],
                        annotation=annotation[k]) for k, unit in INDICES.items()]
     return table
@@ -513,7 +515,7 @@ def summarize(scored, clinical):
         values = [[r[column] for r in clinical if r["index"] == k] for column in ("prediction", "annotation")]
         indices[k] = {"unit": unit, **agreement(*values)}
     return dict(
-        scored=len(annotated), with_spacing=sum(bool(np.isfinite(s.rows[0]["volume_ml"])) for s in scored),
+        scored=len(annotated), with_spacing=sum(math.isfinite(s.rows[0]["volume_ml"]) for s in scored),
         one_empty={c: int(sum(s.scores["one_empty"][i] for s in annotated)) for i, c in enumerate(CLASSES)},
         metrics=aggregate([s.scores for s in annotated]),
         largest_component_metrics=aggregate(beside, BRIEF) if beside else None,
@@ -534,8 +536,8 @@ def draw_cases(folder, root, split, scored):
                   for phase, s in patients[patient].items()]
         group = f" ({frames[0][1].group})" if frames[0][1].group else ""
         score = f", {kind} of {len(order)} in {split}: mean Dice {scores[patient]:.3f}"
-        told = score if np.isfinite(scores[patient]) else ", no annotation"
-        draw_overlay(folder / f"overlay_{kind}.png", patient + group + told, frames)
+        caption = score if np.isfinite(scores[patient]) else ", no annotation"
+        draw_overlay(folder / f"overlay_{kind}.png", patient + group + caption, frames)
     return drawn
 
 
@@ -593,7 +595,7 @@ def plain(x):
 
 
 def write_csv(path, rows):
-    """A float with six digits, NaN and None as an empty cell."""
+    """A float with six significant digits, NaN and None as an empty cell."""
     with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as f:             # a file's odd name
         writer = csv.DictWriter(f, rows[0])
         writer.writeheader()
@@ -608,6 +610,7 @@ def format_number(digits, *values):
 
 
 def index_name(index):
+    """lv_edv -> LV EDV, myo_mass -> mass."""
     return index.upper().replace("_", " ").replace("MYO MASS", "mass")
 
 
@@ -626,31 +629,31 @@ def describe(s):
     depth, base = s["architecture"]["depth"], s["architecture"]["base"]
     options = {"heart found and resampled": s["find_heart"], "largest component per class": s["largest_component"]}
     terms = ["native grid", *(text for text, on in options.items() if on), "mean ± standard deviation"]
-    found = [f"{s['checkpoint']}: {s['network']} of step {s['step']}, U-Net[{depth}, {base}], "
+    parts = [f"{s['checkpoint']}: {s['network']} of step {s['step']}, U-Net[{depth}, {base}], "
              f"{s['parameters'] / 1e6:.2f} M parameters, {s['macs_per_slice'] / 1e9:.2f} G MACs per slice, "
              f"{s['checkpoint_bytes'] / 1e6:.1f} MB on disk, {s['ms_per_slice']:.1f} ms per slice ({s['device']})",
              f"{s['data']}, {s['split']}: {s['scored']} volumes scored, {', '.join(terms)}"]
     if s["scored"]:
-        found.append(metrics_table("", s["metrics"]))
+        parts.append(metrics_table("", s["metrics"]))
         if s["largest_component_metrics"]:
-            found.append(metrics_table("largest component", s["largest_component_metrics"]))
+            parts.append(metrics_table("largest component", s["largest_component_metrics"]))
         if s["clinical"]:
             table = [["clinical", "unit", "bias ± SD", "r", "n"]]
             for k, x in s["clinical"].items():
                 bias, r = format_number(1, x["bias"], x["sd"]), format_number(3, x["r"])
                 table.append([index_name(k), x["unit"], bias, r, str(x["n"])])
-            found.append(table)
+            parts.append(table)
         empty = ", ".join(f"{c} {n}" for c, n in s["one_empty"].items())
-        found.append(f"one empty, the other not (Dice 0, distances = the volume's diagonal): {empty}")
-        found += [f"{k} against Dice, {x['n']} volumes: r {format_number(3, x['r'])}"
+        parts.append(f"one empty, the other not (Dice 0, distances = the volume's diagonal): {empty}")
+        parts += [f"{k} against Dice, {x['n']} volumes: r {format_number(3, x['r'])}"
                   for k, x in s["uncertainty"].items() if x["n"] > 2]
     if s["with_spacing"] < s["volumes"]:
-        found.append(f"{s['volumes'] - s['with_spacing']} volumes carry no spacing (the community's copy has none): "
+        parts.append(f"{s['volumes'] - s['with_spacing']} volumes carry no spacing (the community's copy has none): "
                      "their distances are in voxels only, and clinical indices leave them out; data_prep.py writes the "
                      "spacing")
     elif not s["clinical"]:
-        found.append("no clinical indices: they want ED and ES of a patient in one split")
-    return found
+        parts.append("no clinical indices: they want ED and ES of a patient in one split")
+    return parts
 
 
 def print_summary(s):
@@ -764,8 +767,8 @@ def work(args):
 def main(argv=None):
     """The command line -> exit code: 0, 2 for a user's error, 130 for Ctrl-C."""
     args = parse(argv)
-    return data_prep.exit_code("evaluate.py", lambda: work(args), (CheckpointError, DeviceError), "nothing was written",
-                               "--cpu may have more")
+    return data_prep.exit_code("evaluate.py", lambda: work(args), (CheckpointError, DeviceError),
+                               interrupted="nothing was written", memory="--cpu may have more")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ import sys
 import tempfile
 import time
 import warnings
-from contextlib import suppress
 from pathlib import Path
 
 if __name__ == "__main__":     # before torch starts its threads: one that spins while it waits takes the core of those
@@ -47,11 +46,12 @@ ML = [f"{c.lower()}_ml" for c in CLASSES]
 RESULTS = ("overlay.png", "entropy.nii.gz", "volumes.csv", "volumes.png", "seg.nii.gz")            # after NAME_
 COLUMNS = ("file", "name", "frames", "axes", "position", *ML, *PHASES, *INDICES,
            "entropy", "disagreement", "warning", "error")                                          # of predictions.csv
-NIFTI = re.compile(r"\.nii(\.gz)?$", re.I)
+NIFTI = re.compile(r"(?<=.)\.nii(\.gz)?$", re.I)
 LABELS = re.compile(r"(^|[^a-z])(gt|seg|segmentation|entropy|labels?|masks?|annotations?)([^a-z]|$)", re.I)
 LABEL_FOLDERS = re.compile(r"(labels|masks|segmentations|annotations)(tr|ts|val)?", re.I)           # nnU-Net's labelsTr
 LONGEST = 255 - len("_entropy.nii.gz")                              # bytes of a name that results can still be added to
-FRAMES = 4, 16                       # of a cine, from which a frame can be told as odd by its image, by its volumes
+BY_IMAGE = 4                         # frames of a cine, from which one can be told as odd by its image
+BY_VOLUME = 16                       # and by its volumes
 UNLIKE = 0.2                         # below the usual correlation of a slice with its median over time; sound ones 0.03
 JUMP = 0.3                           # of the usual volume, off the running median of five frames
 SHARE = 0.25                         # of the slices with a heart, on which each structure is; predicted from 0.30
@@ -89,12 +89,12 @@ def list_images(path):
         *folders, name = file.relative_to(path).parts
         if not (LABELS.search(NIFTI.sub("", name)) or any(map(LABEL_FOLDERS.fullmatch, folders))):
             scans.append(file)
-    left = len(found) - len(scans)
+    labels = len(found) - len(scans)
     if not scans:
-        names = f" but label maps by their names, {left}; rename the scans" if left else "; dcm2niix converts DICOM"
-        raise DataError(f"{path}: holds no .nii or .nii.gz to segment{names}")
-    if left:
-        print(f"{path}: label maps left out, by their names: {left}")
+        why = f" but label maps by their names, {labels}; rename the scans" if labels else "; dcm2niix converts DICOM"
+        raise DataError(f"{path}: holds no .nii or .nii.gz to segment{why}")
+    if labels:
+        print(f"{path}: label maps left out, by their names: {labels}")
     return scans
 
 
@@ -115,7 +115,7 @@ def find_images(paths):
     sources, names = {}, {}                                            # of each file once, whatever ways lead to it
     for path in map(Path, paths):
         for file in list_images(path):
-            key = file.resolve()
+            key = Path(os.path.realpath(file))                         # Path.resolve raises at a link to itself
             if key not in sources:
                 sources[key] = file
                 names[key] = file.relative_to(path) if path.is_dir() else Path(file.name)
@@ -124,7 +124,8 @@ def find_images(paths):
         full = [key.relative_to(common) for key in sources]
     except ValueError:                                                 # two drives of Windows
         full = [Path(re.sub(r"\W", "", key.drive), *key.parts[1:]) for key in sources]
-    short, long = ([p.with_name(NIFTI.sub("", p.name)) for p in paths] for paths in (names.values(), full))
+    short = [p.with_name(NIFTI.sub("", p.name)) for p in names.values()]
+    long = [p.with_name(NIFTI.sub("", p.name)) for p in full]
     chosen = next((choice for choice in (short, long) if len(set(choice)) == len(choice)), full)
     return dict(zip(sources.values(), map(fitting, chosen), strict=True))
 
@@ -132,10 +133,10 @@ def find_images(paths):
 # --------------------------------------------------------------------------------------------------------- one file
 
 def segment_frames(nets, frames, spacing, inference, component, name="", position=0):
-    """(T, Z, Y, X) that lie in a position -> (labels of that shape, uint8; entropy maps, float32; rows of
-    NAME_volumes.csv)."""
+    """(T, Z, Y, X) -> (labels of that shape, uint8; entropy maps, float32; rows of NAME_volumes.csv). position: how
+    they lie, as of find_position; name: of the progress bar."""
     labels, maps, rows = np.empty(frames.shape, np.uint8), np.empty(frames.shape, np.float32), []
-    silent = None if len(frames) > 1 else True                         # None: where stderr is no terminal
+    silent = None if len(frames) > 1 else True                         # None: silent where stderr is no terminal
     for t, frame in enumerate(tqdm(frames, desc=name, unit="frame", disable=silent, leave=False)):
         result = evaluate.segment(nets, turn(frame, position), inference, component)
         labels[t] = turn(result.labels, position, back=True)
@@ -151,7 +152,7 @@ def segment_frames(nets, frames, spacing, inference, component, name="", positio
 
 def odd_images(frames):
     """(T, Z, Y, X) -> (T,) bool: a slice of the frame is not like the same slice in the other frames."""
-    if len(frames) < FRAMES[0]:
+    if len(frames) < BY_IMAGE:
         return np.zeros(len(frames), bool)
     like = np.array([likeness(frames[:, z]) for z in range(frames.shape[1])])                      # (Z, T)
     return (like < np.median(like, axis=1, keepdims=True) - UNLIKE).any(0)
@@ -160,7 +161,7 @@ def odd_images(frames):
 def odd_volumes(ml, odd):
     """ml (T, 3), odd (T,) bool -> (T,) bool: also the frames one of whose volumes is far from its neighbours'."""
     sound = ml[~odd]
-    if len(sound) < FRAMES[1]:
+    if len(sound) < BY_VOLUME:
         return odd
     around = ndimage.median_filter(sound, size=(5, 1), mode="wrap")
     odd = odd.copy()
@@ -178,11 +179,11 @@ def find_phases(ml):
 
 
 def asked_slices(frames):
-    """(T, Z, Y, X) -> (4, Y, X) by which the position is judged: from the base's side to the apex's, each of
+    """(T, Z, Y, X) -> (4, Y, X), the slices by which find_position judges: from the base's side to the apex's, each of
     another frame where there are some; the same slices if the stack is upside down."""
-    steps, last = len(frames), frames.shape[1] - 1
+    n, last = len(frames), frames.shape[1] - 1
     low, near = int(0.2 * last), int(0.4 * last)
-    return np.stack([frames[steps * i // 4, z] for i, z in enumerate((low, near, last - near, last - low))])
+    return np.stack([frames[n * i // 4, z] for i, z in enumerate((low, near, last - near, last - low))])
 
 
 def odd_result(labels, image, ml, entropy, phase, usual=USUAL):
@@ -195,7 +196,8 @@ def odd_result(labels, image, ml, entropy, phase, usual=USUAL):
     on = {c: np.count_nonzero((labels == k).any((1, 2))) for k, c in enumerate(CLASSES, 1)}
     if lost := [c for c, n in on.items() if n < SHARE * slices]:
         texts.append(f"{' and '.join(lost)} on fewer than {SHARE:.0%} of the {slices} slices with a heart")
-    ratio, (least, most) = ml[0] / ml[2] if ml[2] else np.inf, RATIO["ED" if phase == "ED" else ""]
+    ratio = ml[0] / ml[2] if ml[2] else np.inf
+    least, most = RATIO.get(phase, RATIO[""])
     if not least <= ratio <= most:
         texts.append(f"RV/LV {ratio:.2f}, usual is {least} to {most}")
     if not entropy <= ENTROPY * usual:
@@ -209,17 +211,22 @@ def predict_file(nets, source, stem, inference, find=True, component=True, entro
                  usual=USUAL):
     """Segment one NIfTI file and write the results that the head of this file names to `stem`_* -> (the row of
     predictions.csv, the scan, its labels (T, Z, Y, X)). DataError, ValueError, MemoryError or OSError, and then nothing
-    was written."""
-    if not (NIFTI.search(source.name) and source.is_file()):
+    was written.
+
+    nets, inference: as of load_networks. find: judge the position, look for the heart. component: keep the largest of
+    each class. entropy: write its map too. spacing, axes: as of read_scan. usual: the entropy to expect.
+    """
+    if not (NIFTI.search(source.name) and os.path.isfile(source)):
         raise DataError(f"{source}: not a NIfTI file by its name and kind; give .nii or .nii.gz (of .hdr and .img "
                         "nibabel.save(nibabel.load(FILE), 'scan.nii') makes one)")
     scan = read_scan(source, spacing, axes)
-    frames, spacing, warnings = scan.frames, scan.spacing, list(scan.warnings)
-    odd, position, focus = odd_images(frames), 0, {}
-    judged = find and inference["view"] == "heart"
+    frames, spacing, doubts = scan.frames, scan.spacing, list(scan.warnings)
+    odd = odd_images(frames)
     if odd.all():
         odd[:] = False
-        warnings.append("each frame has a slice unlike the others', so none is left out: look at the curve")
+        doubts.append("each frame has a slice unlike the others', so none is left out: look at the curve")
+    position, focus = 0, {}
+    judged = find and inference["view"] == "heart"
     if judged:
         position = find_position(nets[0], asked_slices(frames[~odd]), spacing, **inference)
         seen = turn(frames[~odd][0], position)
@@ -228,20 +235,20 @@ def predict_file(nets, source, stem, inference, find=True, component=True, entro
     ml = np.array([[row[k] for k in ML] for row in rows])                                          # (T, 3)
     odd = odd_volumes(ml, odd)
     if frames.shape[1] < 3:
-        warnings.append(f"a stack of {frames.shape[1]}: is it a short-axis view? The network knows no other")
+        doubts.append(f"a stack of {frames.shape[1]}: is it a short-axis view? The network knows no other")
     if odd.any():
         names = ", ".join(map(str, 1 + np.flatnonzero(odd)))
-        warnings.append(f"frames unlike the others, left out of ED, ES and means: {names}")
+        doubts.append(f"frames unlike the others, left out of ED, ES and means: {names}")
     phases = find_phases(np.where(odd[:, None], np.nan, ml))
     indices = evaluate.clinical_indices(*(ml[t] for t in phases.values())) if phases else {}
     shown = []
-    for phase, t in phases.items() or (("", 0),):
+    for phase, t in phases.items() or (("", 0),):                                     # without phases the first frame
         rows[t]["phase"] = phase
         image = np.subtract(frames[t], frames[t].min(), dtype=np.float64).astype(np.float32)
         volume = Volume(source.name, image, None, spacing, None)
         shown.append((f"{phase}, frame {t + 1}" if phase else "", volume, labels[t]))
-        told = odd_result(labels[t], image, ml[t], rows[t]["entropy"], phase, usual)
-        warnings += [f"{phase}: {text}" if phase else text for text in told]
+        texts = odd_result(labels[t], image, ml[t], rows[t]["entropy"], phase, usual)
+        doubts += [f"{phase}: {text}" if phase else text for text in texts]
     title = source.name.encode("utf-8", "replace").decode().replace("$", r"\$")       # as matplotlib takes any name
     with staging(stem.parent, [f"{stem.name}_{k}" for k in RESULTS]) as folder:
         evaluate.draw_overlay(folder / f"{stem.name}_overlay.png", title, shown)
@@ -259,7 +266,7 @@ def predict_file(nets, source, stem, inference, find=True, component=True, entro
     sound = [r for r, left_out in zip(rows, odd, strict=True) if not left_out]
     for key in rows[0].keys() & {"entropy", "disagreement"}:
         row[key] = mean([r[key] for r in sound if np.isfinite(r[key])])
-    return row | dict(warning="; ".join(dict.fromkeys(warnings))), scan, labels
+    return row | dict(warning="; ".join(dict.fromkeys(doubts))), scan, labels
 
 
 def save_like(nifti, array, path):
@@ -300,7 +307,7 @@ def draw_volumes(path, title, ml, phases, indices):
 
 # -------------------------------------------------------------------------------------------------------- all files
 
-def warn(text):
+def tell(text):
     tqdm.write(f"predict.py: {text}", file=sys.stderr)
 
 
@@ -316,15 +323,15 @@ def attempt(nets, source, stem, inference, options):
         raise
     except Exception as error:                                                  # a library's, of a file: others go on
         text = describe_error(source, error)
-        warn(text)
-        return dict(file=str(source), error=text)
+        tell(text)
+        return dict(error=text)
     told = f"{row['file']}: {row['frames']} frame{'s' * (row['frames'] > 1)}"
     if "ED" in row:
         found = [f"{evaluate.index_name(k)} {format_number(1, row[k])} {unit}" for k, unit in INDICES.items()]
         told += f", ED {row['ED']}, ES {row['ES']}; {', '.join(found)}"
     tqdm.write(told)
     if row.get("warning"):
-        warn(f"{row['file']}: {row['warning']}")
+        tell(f"{row['file']}: {row['warning']}")
     return row
 
 
@@ -347,10 +354,10 @@ def read_table(out):
 
 
 def refuse_replacing(images, out):
-    """DataError where a result would fall on its own source's folder, or replace that of another file."""
+    """DataError where a result would land in the folder of its source, or replace that of another file."""
     owners = {row["name"]: row["file"] for row in read_table(out) if row["name"]}
     for source, name in images.items():
-        if (out / name).parent.resolve() == source.resolve().parent:
+        if os.path.realpath((out / name).parent) == os.path.dirname(os.path.realpath(source)):
             raise DataError(f"--out {out}: holds {source}; give a folder apart, so that no file there is replaced")
         owner = owners.get(as_text(name.as_posix()), source)
         if identity(owner) != identity(source) and (out / f"{name}_seg.nii.gz").exists():
@@ -359,7 +366,8 @@ def refuse_replacing(images, out):
 
 def merge_table(out, table):
     """Write the rows of `table` and those of earlier calls about other files to predictions.csv."""
-    files, names = {identity(row["file"]) for row in table}, {row["name"] for row in table if row["name"]}
+    files = {identity(row["file"]) for row in table}
+    names = {row["name"] for row in table if row["name"]}
     kept = [row for row in read_table(out) if identity(row["file"]) not in files and row["name"] not in names]
     with staging(out, ["predictions.csv"]) as folder:
         write_csv(folder / "predictions.csv", kept + [{c: row.get(c) for c in COLUMNS} for row in table])
@@ -406,7 +414,7 @@ def export_onnx(net, path, metadata):
         program = torch.onnx.export(exported, (example,), input_names=["slices"], output_names=["logits"],
                                     dynamic_shapes=[sizes], dynamo=True, verbose=False)
     program.model.metadata_props.update(metadata)
-    with staging(path.parent.resolve(strict=True), [path.name]) as folder:              # a folder must be there
+    with staging(Path(os.path.realpath(path.parent, strict=True)), [path.name]) as folder:  # a folder must be there
         program.save(folder / path.name)
     return program.model.opset_imports[""]
 
@@ -429,11 +437,11 @@ def time_inference(net, inference, device="cpu", slices=10, frames=30):
     has them "torch bf16": ..., "onnxruntime": ...}. The image is noise, which costs as much as a heart."""
     frame = np.random.default_rng(0).random((slices, 256, 216), np.float32)
 
-    def fp32():
+    def answer():
         segment_volume(net, frame, **inference)
-    ways, device = {"torch fp32": fp32}, torch.device(device)
+    ways, device = {"torch fp32": answer}, torch.device(device)
     if models.bf16_pays(device):                                              # emulated it would take minutes
-        ways["torch bf16"] = torch.autocast(device.type, torch.bfloat16)(fp32)
+        ways["torch bf16"] = torch.autocast(device.type, torch.bfloat16)(answer)
     if session := onnx_session(net):
         size = inference["size"]
         window = (size, size) if inference["view"] == "whole" else [min(size, n) for n in frame.shape[1:]]
@@ -457,7 +465,7 @@ def print_export(net, inference, path):
     window = "central window of" if inference["view"] == "heart" else "whole slice resized to"
     steps = f"{window} size x size pixels; the graph standardises each slice; argmax of the logits"
     with evaluate.names_target(path, "FILE"):
-        opset = export_onnx(net.cpu(), path, dict(classes=classes, preprocessing=steps, size=str(inference["size"]),
+        opset = export_onnx(net, path, dict(classes=classes, preprocessing=steps, size=str(inference["size"]),
                                                   view=inference["view"]))
         megabytes = path.stat().st_size / 1e6
     print(f"{path}: ONNX opset {opset}, {megabytes:.1f} MB; classes {classes}; {steps}")
@@ -466,7 +474,8 @@ def print_export(net, inference, path):
 def print_times(net, inference, device):
     for name, seconds in time_inference(net, inference, device).items():
         where = models.describe_device("cpu" if name == "onnxruntime" else device)
-        print(f"{name:12} {100 * np.median(seconds):7.2f} ms per slice (fastest {100 * min(seconds):.2f}) "
+        ms = 1000 / 10 * seconds                                                        # a slice, of a frame's 10
+        print(f"{name:12} {np.median(ms):7.2f} ms per slice (fastest {min(ms):.2f}) "
               f"{sum(seconds):7.2f} s per cine of 30 frames of 10 slices ({where}, window {inference['size']})")
 
 
@@ -485,8 +494,6 @@ def parse(argv, kind=data_prep.Parser):
     group.add_argument("--spacing", nargs=3, type=float, metavar=("Z", "Y", "X"), help="mm between slices, of a pixel")
     group.add_argument("--axes", metavar="xyzt", help="the array's axes in their order, t for time")
     evaluate.add_network_options(parser, on=True)
-    with suppress(AttributeError, OSError):                            # as Parser.parse_args does
-        sys.stdout.reconfigure(errors="backslashreplace")
     args = parser.parse_intermixed_args(argv)                          # options may stand before PATH
     if bool(args.onnx) + args.time + bool(args.paths) != 1:
         parser.error("give one of PATH, --onnx and --time")
@@ -494,8 +501,9 @@ def parse(argv, kind=data_prep.Parser):
         parser.error("--spacing: give three lengths in mm")
     if args.axes and "".join(sorted(args.axes)) not in ("txy", "xyz", "txyz"):
         parser.error("--axes: give x, y, z and t in the array's order, each once; z or t may be absent")
-    if args.entropy and not args.paths:
-        parser.error("--entropy goes with PATH")
+    for option in ("entropy", "spacing", "axes"):
+        if getattr(args, option) and not args.paths:
+            parser.error(f"--{option} goes with PATH")
     return args
 
 
@@ -518,8 +526,8 @@ def main(argv=None):
     """The command line -> exit code: 0, 1 where it met bad files, 2 for a user's error, 130 for Ctrl-C."""
     args = parse(argv)
     left = "what is there is whole" if args.paths else "nothing was written"
-    return data_prep.exit_code("predict.py", lambda: work(args), (CheckpointError, DeviceError), left,
-                               "--cpu may have more")
+    return data_prep.exit_code("predict.py", lambda: work(args), (CheckpointError, DeviceError), interrupted=left,
+                               memory="--cpu may have more")
 
 
 if __name__ == "__main__":

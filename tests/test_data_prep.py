@@ -287,6 +287,7 @@ LACKING = {
     "nothing": lambda f: _save(f / TRUTH, np.zeros_like),
     "a few pixels": lambda f: _save(f / TRUTH, lambda a: np.where(np.cumsum(a == 3).reshape(a.shape) < 9, a == 3, 0)),
     "no affine": lambda f: _no_affine(f / TRUTH),
+    "no affine of the image": lambda f: _no_affine(f / TRUTH.replace("_gt", "")),
     "no forms": lambda f: _header(f / TRUTH, 252, [0, 0], "<i2"),
     "not compressed": lambda f: [_unpack(p) for p in sorted(f.glob("*.nii.gz"))],
     "one not compressed": lambda f: _unpack(f / TRUTH),
@@ -678,7 +679,8 @@ FAULTS = {
     "other order": (_list("train_slices.list", _swap), "order"),
     "mirrored": (_unlisted(_h5(VALUE, _replace("label", lambda a: a[..., ::-1]))), "RV's centre"),
     "LV and RV exchanged": (_unlisted(_h5(VALUE, _replace("label", _exchange(3, 2, 1)))), "1 RV, 2 MYO, 3 LV"),
-    "ES spacing": (_h5("data/patient028_frame02.h5", lambda h: h.attrs.__setitem__("spacing", [10, 1, 1.1])), "at ED"),
+    "ES spacing": (_h5("data/patient028_frame02.h5", lambda h: h.attrs.__setitem__("spacing", [10, 1, 1.1])), "first is"),
+    "a slice's spacing": (_h5(SLICE_FILE, lambda h: h.attrs.__setitem__("spacing", [10, 3, 3])), "first is"),
     "manifest damaged": (lambda root: (root / "manifest.json").write_text("[1") and "manifest.json", "cannot be read"),
 }
 

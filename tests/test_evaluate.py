@@ -289,17 +289,17 @@ def test_validation_table():
 
 
 def test_curves_mark_each_stage_after_the_first(drawn, tmp_path):
-    rows = ["step,stage,dice,val_student", "10,1,0.9,", "20,1,0.8,0.5", "30,2,0.7,", "40,3,0.6,0.7"]
+    rows = ["step,stage,dice,kd,val_student", "10,1,0.9,0.0,", "20,1,0.8,0.0,0.0", "30,2,0.7,0.0,", "40,3,0.6,0.4,0.7"]
     for text in ("\n".join(rows), "step,dice,val_student\n10,0.9,\n20,0.8,0.5\n"):             # then: without stages
         (tmp_path / "log.csv").write_text(text)
         evaluate.draw_curves(tmp_path / "log.csv", tmp_path / "curves.png")
         assert Image.open(tmp_path / "curves.png").size == (990, 360)
     left, right = drawn[0].axes
-    assert [line.get_xydata().tolist() for line in left.lines[:1] + right.lines[:1]] == [
-        [[10, 0.9], [20, 0.8], [30, 0.7], [40, 0.6]], [[20, 0.5], [40, 0.7]]]
+    assert [line.get_xydata().tolist() for line in left.lines[:2] + right.lines[:1]] == [
+        [[10, 0.9], [20, 0.8], [30, 0.7], [40, 0.6]], [[40, 0.4]], [[20, 0], [40, 0.7]]]
     for ax in drawn[0].axes:
         assert [(t.get_position()[0], t.get_text().strip()) for t in ax.texts] == [(30, "2"), (40, "3")]
-    assert [len(ax.lines) for ax in (*drawn[0].axes, *drawn[1].axes)] == [3, 3, 1, 1]
+    assert [len(ax.lines) for ax in (*drawn[0].axes, *drawn[1].axes)] == [4, 3, 1, 1]
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -386,7 +386,7 @@ def test_unlabeled_are_the_train_patients_after_the_labeled(capsys, tmp_path, ch
     assert tables[0] == tables[1]
     assert {f"{r['patient']} {r['phase']}" for r in tables[0]} == {
         "patient099 ED", "patient099 ES", "patient050 ED", "patient050 ES"}
-    for labeled in (3, None, "7"):
+    for labeled in (3, 7, None, "7"):
         with pytest.raises(data_prep.DataError, match="unlabeled: "):
             evaluate.find_volumes(root, "unlabeled", labeled)
     (root / "train_slices.list").write_text("\n".join(n for n in slices if n != "patient099_frame01_slice_2"))

@@ -948,7 +948,8 @@ def wrong_options():
     for option in ("--predict", "--onnx", "--time"):
         yield "evaluate.py", ["best.pt", option, "x"], "predict.py does this: python predict.py CKPT PATH..."
     for argv, word in (([], "CHECKPOINT"), (["x"], "PATH"), (["x", "y", "--time"], "one"), (["x", "--gpu", "z"], "z"),
-                       (["x", "--time", "--entropy"], "--entropy"), (["x", "y", "--data", "z"], "--data")):
+                       (["x", "--time", "--entropy"], "--entropy"), (["x", "y", "--data", "z"], "--data"),
+                       (["x", "--time", "--axes", "xyz"], "--axes")):
         yield "predict.py", argv, word
     for option in ("preset", "resume"):
         yield "train_actnet.py", [f"--{option}"], f"--{option}"

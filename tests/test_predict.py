@@ -471,9 +471,11 @@ def damage(folder):
     (folder / "zero.nii").write_bytes(raw)
     write_nifti(folder / "metres.nii", FRAME, (0.008, 0.0014, 0.0014))
     os.mkfifo(folder / "pipe.nii")                                                      # waited for, it never ends
+    os.symlink("loop.nii", folder / "loop.nii")
     return {"truncated": "cannot be read", "text": "cannot be read", "empty": "cannot be read", "holes": "NaN",
             "flat": "not a 3D or 4D image", "five": "not a 3D or 4D image", "zero": "spacing",
-            "metres": "give the true --spacing Z Y X in mm", "pipe": "not a NIfTI file"}
+            "metres": "give the true --spacing Z Y X in mm", "pipe": "not a NIfTI file",
+            "loop": "not a NIfTI file"}
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -482,7 +484,7 @@ def test_bad_files_among_good_ones(capsys, tmp_path, checkpoint):
     write_nifti(tmp_path / "in" / "zz last.nii", FRAME)
     code, stdout, stderr = run(capsys, checkpoint, tmp_path / "in", "--out", tmp_path / "out")
     assert code == 1
-    assert "2 of 11 files segmented" in stdout
+    assert "2 of 12 files segmented" in stdout
     lines = stderr.splitlines()
     assert len(lines) == len(expected)
     table = {Path(r["file"]).name.split(".")[0]: r for r in read_csv(tmp_path / "out" / "predictions.csv")}
@@ -502,16 +504,20 @@ def test_wrong_use(capsys, tmp_path, checkpoint):
     """One line, exit 2, nothing written: absent, empty or own folder, foreign checkpoint, no such device, full disk."""
     source = write_nifti(tmp_path / "in" / "scan.nii", FRAME)
     (tmp_path / "bare").mkdir()
+    os.symlink("loop", tmp_path / "loop")
+    (tmp_path / "in" / ".nii.gz").write_bytes(b"")
     save(tmp_path / "binary.pt", dict(student=UNet(2, 4, num_classes=2)))
     for told, *args in (("absent.nii: no such file", source, tmp_path / "absent.nii"), ("x: no such file", "x" * 300),
                         ("bare: holds no .nii", tmp_path / "bare"), ("--gpu 99", source, "--gpu", "99"),
                         ("give a folder apart", source, "--out", tmp_path / "in"),
                         ("scan.nii/out: Not a directory", source, "--out", source / "out"),
+                        ("loop: ", source, "--out", tmp_path / "loop"), ("loop/x: ", "--onnx", tmp_path / "loop" / "x"),
                         *[("/proc/out: ", source, "--out", "/proc/out")] * Path("/proc").is_dir()):
         assert told in refused(capsys, checkpoint, "--out", tmp_path / "out", *args)
     assert "1 channels to 2 classes" in refused(capsys, tmp_path / "binary.pt", "--onnx", tmp_path / "out")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["bare", "binary.pt", "in"]
-    assert [p.name for p in (tmp_path / "in").iterdir()] == ["scan.nii"]
+    assert run(capsys, checkpoint, tmp_path / "in" / ".nii.gz", "--out", tmp_path / "out")[0] == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bare", "binary.pt", "in", "loop", "out"]
+    assert [p.name for p in (tmp_path / "in").iterdir()] == [".nii.gz", "scan.nii"]
 
 
 @pytest.mark.usefixtures("no_pictures")
