@@ -7,8 +7,10 @@ Drop a NIfTI file, 3D or 4D, or take the synthetic cine: what predict_file makes
 Nothing leaves the machine: no telemetry, and POLICY keeps the browser from what the library might fetch elsewhere. An
 upload goes once it is segmented, its results with the page or the next upload. One scan at a time; others wait.
 """
+import importlib.util
 import os
 import signal
+import socket
 import sys
 import tempfile
 from collections import Counter
@@ -17,6 +19,9 @@ from types import SimpleNamespace
 
 if __name__ == "__main__":
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")                                   # as predict.py
+    if not importlib.util.find_spec("gradio"):
+        print("app.py: wants the package gradio: pip install 'gradio>=6.31,<7'", file=sys.stderr)
+        sys.exit(2)
 
 import gradio as gr
 
@@ -66,7 +71,7 @@ def segment(nets, checkpoint, source, folder, spacing="", axes=""):
 
 
 def outputs(scan):
-    """What the page's outputs become."""
+    """What the page's outputs become, in the order of build's `options`."""
     row, labels, note = scan.row, scan.shown[1], scan.row.get("warning")
     frame, (frames, levels) = row.get("ED", 1), labels.shape[:2]
     level = evaluate.three_slices(labels[frame - 1] > 0)[1] + 1
@@ -96,7 +101,7 @@ def build(nets, checkpoint, root):
             scan = kept[request.session_hash] = segment(nets, checkpoint, source, folder, spacing, axes)
         except Exception as error:                                 # as predict.attempt
             line = predict.describe_error(source, error).replace(f"{source.parent}{os.sep}", "")
-            return [None, gr.Textbox(line, visible=True), gr.Column(visible=False), *[gr.skip()] * 11]
+            return [None, gr.Textbox(line, visible=True), gr.Column(visible=False), *[gr.skip()] * 11]    # these stay
         finally:
             waiting[file] -= 1
             if waiting[file] < 1:
@@ -123,7 +128,7 @@ def build(nets, checkpoint, root):
         with gr.Column(visible=False) as results, gr.Row():
             with gr.Column():
                 image = gr.Plot(format="png", show_label=False, container=False, elem_id="image")
-                level, frame = (gr.Slider(1, 2, step=1, label=k, elem_id=k) for k in ("slice", "frame"))
+                level, frame = (gr.Slider(1, 2, step=1, precision=0, label=k, elem_id=k) for k in ("slice", "frame"))
                 outline, whole = gr.Checkbox(True, label="outline"), gr.Checkbox(label="whole slice")
             with gr.Column():
                 numbers = gr.Markdown(elem_id="numbers")
@@ -140,10 +145,22 @@ def build(nets, checkpoint, root):
     return page
 
 
+def check_host(host):
+    """DataError unless this machine can listen there; the library would try for minutes."""
+    try:
+        family, *_, address = socket.getaddrinfo(host.strip("[]"), 0, type=socket.SOCK_STREAM)[0]
+        socket.create_server(address[:2], family=family).close()
+    except (OSError, UnicodeError) as error:
+        raise data_prep.DataError(f"--host {host}: {data_prep.one_line(error)}; give 0.0.0.0, or an address of this "
+                                  "machine") from None
+
+
 def serve(args):
+    check_host(args.host or "127.0.0.1")
     nets, checkpoint = evaluate.load_networks(args.checkpoint, models.pick_device())
     with tempfile.TemporaryDirectory(prefix="actnet-", ignore_cleanup_errors=True) as root:
         os.environ["GRADIO_TEMP_DIR"] = root
+        os.environ["no_proxy"] = "*"                                # it asks this machine whether its page is there
         page = build(nets, checkpoint, root).queue(max_size=20)
         _, url, _ = page.launch(server_name=args.host, inbrowser=not args.no_browser, share=False, quiet=True, css=CSS,
                                 head=POLICY, max_file_size=f"{MAX_MB}mb", footer_links=[], run_history=False,

@@ -210,7 +210,7 @@ def load_nifti(path, judged=True):
         with image.file_map["image"].get_prepare_fileobj("rb") as f:
             data = image.dataobj
             layout = data.shape, data.dtype, data.offset, data.slope, data.inter
-            array = np.asanyarray(nib.arrayproxy.ArrayProxy(f.fobj, layout)).T.reshape(*time, *shape[2::-1])
+            array = np.asanyarray(nib.arrayproxy.ArrayProxy(f.fobj, layout, mmap=False)).T.reshape(*time, *shape[2::-1])
             tail = f.read(MAX_TAIL + 1) if zipped else b""  # gzip compares its checksum at the end of the file
         require(len(tail) <= MAX_TAIL, path, f"goes on for more than {MAX_TAIL} bytes behind its voxels", FETCH)
         with (image.file_map.get("header") or image.file_map["image"]).get_prepare_fileobj("rb") as f:

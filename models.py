@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import nn
 
 FORMAT = "act-net 1"
-FAR = (25, 5)                              # how often the 99th and the 99.9th percentile a maximum is that no tissue
-                                           # has: 12 and 3 at most in 160 frames of ACDC
+FAR = (25, 5)                              # above so many times the 99th and the 99.9th percentile a maximum is no
+                                           # tissue's: 12 and 3 at most in 160 frames of ACDC
 PIXEL = 1.4                                # mm, to which find_heart resamples; ACDC has 0.70 to 1.95, mostly 1.2 to 1.8
 
 
@@ -36,6 +36,10 @@ class CheckpointError(Exception):
 
 class DeviceError(Exception):
     """A device that this machine lacks: one line that says which exist."""
+
+
+def one_line(error):
+    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 def pick_device(gpu=None, cpu=False, threads=None):
@@ -56,21 +60,21 @@ def pick_device(gpu=None, cpu=False, threads=None):
         torch.ones(1, device=device).add_(1).item()                    # counted is not usable: an old driver or card
     except (RuntimeError, AssertionError) as error:
         raise DeviceError(f"--gpu {device.index}: torch {torch.__version__} cannot use it "
-                          f"({str(error).splitlines()[0]}); update its driver, install a torch built for this card, or "
+                          f"({one_line(error)}); update its driver, install a torch built for this card, or "
                           "give --cpu") from None
     return device
 
 
 def choose_threads(number=None):
     """torch's threads: `number` (a resumed run's: sums are taken in their order), or as many as the machine has idle
-    cores now. OMP_NUM_THREADS decides where it is set. Fewer than usual are told."""
+    cores now and a container may use. OMP_NUM_THREADS decides where it is set. Fewer than usual are told."""
     if "OMP_NUM_THREADS" in os.environ:
         return
     usual = torch.get_num_threads()
-    chosen = number or max(1, round(min(usual, idle_cores())))
+    chosen = number or max(1, round(min(usual, idle_cores(), cpu_limit())))
     torch.set_num_threads(chosen)
     if chosen < usual and not number:
-        print(f"threads: {chosen} of {usual}, other work has the rest; OMP_NUM_THREADS={usual} takes all",
+        print(f"threads: {chosen} of {usual}, other work or a limit has the rest; OMP_NUM_THREADS={usual} takes all",
               file=sys.stderr)
 
 
@@ -85,7 +89,18 @@ def idle_cores(seconds=0.1):
         spent = read() - before
     except (OSError, ValueError):
         return float("inf")
-    return os.cpu_count() * spent[3:5].sum() / max(1, spent.sum())
+    if not spent.sum() > 0:                                                    # a sandbox tells zeros
+        return float("inf")
+    return os.cpu_count() * spent[3:5].sum() / spent.sum()
+
+
+def cpu_limit():
+    """Cores that a container may use; infinite where nothing limits them."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return float(quota) / float(period)
+    except (OSError, ValueError):                                              # "max 100000"
+        return float("inf")
 
 
 def describe_device(device):
@@ -99,14 +114,16 @@ def describe_device(device):
 def bf16_pays(device):
     """Whether the device computes in bf16, rather than emulate it."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
     return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
 def fast_precision(device):
-    """What to train in: bf16; fp16 on a GPU that only emulates bf16 (before compute capability 8); fp32 on such a
-    CPU."""
-    return "bf16" if bf16_pays(device) else "fp16" if device.type == "cuda" else "fp32"
+    """What to train in: bf16 where it pays; else fp16 on a GPU (before compute capability 8), fp32 on a CPU."""
+    if bf16_pays(device):
+        return "bf16"
+    return "fp16" if device.type == "cuda" else "fp32"
 
 
 # ---------------------------------------------------------------------------------------------------------- network
@@ -165,9 +182,10 @@ def count_parameters(net):
 def count_macs(net, size):
     """Multiply-accumulates of one slice of size x size, convolutions only, counted on shapes without computing."""
     from torch.utils.flop_counter import FlopCounterMode
-    shadow = UNet(**net.architecture).to("meta").eval()
+    with torch.device("meta"):
+        shadow, slices = UNet(**net.architecture).eval(), torch.empty(1, net.architecture["in_channels"], size, size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        shadow(torch.empty(1, net.architecture["in_channels"], size, size, device="meta"))
+        shadow(slices)
     return counter.get_total_flops() // 2
 
 
@@ -182,6 +200,8 @@ def standardize(x):
 def rescale(volume):
     """(Z, Y, X), any real dtype -> float32 tensor from 0 to 1 by its minimum and maximum. Far outliers, on either side,
     are cut off before. Raises ValueError unless the volume is 3D and finite."""
+    if isinstance(volume, torch.Tensor):
+        volume = (volume.float() if volume.dtype is torch.bfloat16 else volume).numpy(force=True)
     volume = np.asarray(volume)
     if volume.ndim != 3 or volume.size == 0:
         raise ValueError(f"segment_volume wants (Z, Y, X), got {volume.shape}")
@@ -196,10 +216,11 @@ def rescale(volume):
     ranks = [int(q * (thin.size - 1)) for q in (0.001, 0.01, 0.99, 0.999)]
     lowest, p1, p99, highest = np.partition(thin, ranks, axis=None)[ranks]
     usual = p99 - p1
-    if high - p1 > min(FAR[0] * usual, FAR[1] * (highest - p1)) > 0:
-        high = p1 + 2 * usual
-    if p99 - low > min(FAR[0] * usual, FAR[1] * (p99 - lowest)) > 0:
-        low = p1
+    with np.errstate(over="ignore"):                                         # then nothing is too far
+        if 0 < min(FAR[0] * usual, FAR[1] * (highest - p1)) < high - p1:
+            high = p1 + 2 * usual
+        if 0 < min(FAR[0] * usual, FAR[1] * (p99 - lowest)) < p99 - low:
+            low = p1
     volume = torch.from_numpy(volume).clamp_(float(low), float(high))
     return (volume - low) / max(high - low, 1e-12)
 
@@ -214,7 +235,7 @@ def segment_volume(net, volume, size, view="heart", batch=16, return_probs=False
     center: of the window, (y, x) in pixels, moved so that the window lies inside; by default the slice's middle.
     zoom: network pixels per image pixel in (y, x): other than 1, the window spans size / zoom pixels and is resampled.
     Returns labels (Z, Y, X) uint8 numpy, and with return_probs also probabilities (Z, C, Y, X) float32 numpy.
-    Raises ValueError unless the volume is 3D and finite. The network's mode is restored.
+    Raises ValueError unless the volume is 3D and finite. The network's mode is restored unless it raises.
     """
     device = next(net.parameters()).device
     slices = rescale(volume)[:, None]                                                      # (Z, 1, Y, X)
@@ -260,6 +281,11 @@ def largest_component(labels):
     return kept
 
 
+def to_pixel(spacing, shape):
+    """(z, y, x) mm, (..., Y, X) -> zoom (y, x) to PIXEL; at most to 1024 pixels a side, which no scan reaches."""
+    return tuple(min(float(s) / PIXEL, 1024 / n) for s, n in zip(spacing[1:], shape[-2:], strict=True))
+
+
 def find_heart(net, volume, spacing, size, view="heart", batch=16):
     """Where segment_volume should look -> its arguments {"center": (y, x), "zoom": (y, x)}.
 
@@ -269,7 +295,7 @@ def find_heart(net, volume, spacing, size, view="heart", batch=16):
     """
     if view == "whole":
         return {}
-    zoom = tuple(s / PIXEL for s in spacing[1:]) if spacing else (1.0, 1.0)
+    zoom = (1.0, 1.0) if spacing is None else to_pixel(spacing, volume.shape)
     seen = segment_volume(net, volume, 2**30, view, batch, zoom=zoom) > 0
     found = np.nonzero(largest_component(seen.astype(np.uint8)))
     center = tuple(float(i.mean()) + 0.5 for i in found[1:]) if seen.any() else None
@@ -299,7 +325,8 @@ def turn_spacing(spacing, position):
 
 
 def find_position(net, slices, spacing, size, view="heart", batch=16):
-    """Which of POSITIONS (N, Y, X) slices of one scan are in: the one in which the network is surest.
+    """(N, Y, X) slices of one scan, spacing (z, y, x) in mm -> the index in POSITIONS of how they lie: the one in which
+    the network is surest.
 
     Asked about whole slices in each, it doubts the largest thing that it takes for a heart by the mean over RV, MYO
     and LV of (sum of the entropy of their pixels + UNSURE) / (their number + UNSURE). The eight are the same for all
@@ -311,7 +338,7 @@ def find_position(net, slices, spacing, size, view="heart", batch=16):
     doubts = []
     for position in range(len(POSITIONS)):
         turned = turn(slices, position)
-        zoom = tuple(s / PIXEL for s in turn_spacing(spacing, position)[1:])
+        zoom = to_pixel(turn_spacing(spacing, position), turned.shape)
         labels, probs = segment_volume(net, turned, 2**30, view, batch, zoom=zoom, return_probs=True)
         heart = largest_component((labels > 0).astype(np.uint8)) > 0
         labels, probs = labels[heart], probs.transpose(0, 2, 3, 1)[heart]                 # (pixels,), (pixels, C)
@@ -339,14 +366,16 @@ def save_checkpoint(path, content, previous=None):
             os.replace(path, previous)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:              # RuntimeError: torch's word for a write that failed half-way
-        reason = str(error).splitlines()[0]
-        raise OSError(f"{path}: cannot be written ({reason}); free some space, what was there is whole") from None
+        reason = f"cannot be written ({one_line(error)})"
+        raise OSError(f"{path}: {reason}; free some space, what was there is whole") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def load_checkpoint(path):
-    """Read what save_checkpoint wrote; nothing in the file is executed. Raises CheckpointError."""
+    """Read what save_checkpoint wrote; nothing in the file is executed. Raises CheckpointError, OSError where it may not be
+    read."""
     if not os.path.isfile(path):                                                 # a pipe would be waited for
         what = "not a file" if os.path.exists(path) else "no such checkpoint"
         raise CheckpointError(f"{path}: {what}; train one with train_actnet.py")
@@ -354,6 +383,10 @@ def load_checkpoint(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                                                # a foreign pickle's protocol
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:                              # no damage: load_last must not set it aside
+        raise OSError(f"{path}: cannot be read; give yourself the right to read it") from None
+    except MemoryError:
+        raise
     except Exception as error:                           # torch.load raises a dozen kinds for damaged or foreign files
         kind = type(error).__name__
         raise CheckpointError(f"{path}: damaged, or not a checkpoint of tensors ({kind}); train it again") from None
@@ -371,14 +404,15 @@ def load_model(path, device="cpu", which=None):
         which = which or checkpoint["better"]
         net = UNet(**checkpoint["architecture"])
         if which not in checkpoint["networks"]:
-            raise KeyError(f"{which} is not among {', '.join(checkpoint['networks'])}")
+            raise ValueError(f"{which} is not among {', '.join(checkpoint['networks'])}")
         net.load_state_dict(checkpoint["networks"][which])
+        if not all(v.isfinite().all() for v in net.state_dict().values()):
+            raise ValueError("its weights are not finite")
         size, view = checkpoint["inference"]["size"], checkpoint["inference"]["view"]
         if view not in ("heart", "whole") or not isinstance(size, int) or size < 1:
             raise ValueError(f"inference at size {size}, view {view}")
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error.args[0] if error.args else error).splitlines()[0]
-        raise CheckpointError(f"{path}: holds no network to run ({reason}); give a best.pt of a run") from None
+        raise CheckpointError(f"{path}: holds no network to run ({one_line(error)}); give a best.pt of a run") from None
     return net.to(device, memory_format=torch.channels_last).eval(), checkpoint
 
 
@@ -419,5 +453,5 @@ def restore(checkpoint, nets, optimizer, run, scaler=None):
         if scaler and checkpoint.get("scaler"):                               # empty: saved where no fp16 was wanted
             scaler.load_state_dict(checkpoint["scaler"])
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise CheckpointError(f"--resume {run}: the checkpoint's state does not fit its config ({reason})") from None
+        raise CheckpointError(f"--resume {run}: the checkpoint's state does not fit its config ({one_line(error)})"
+                              ) from None

@@ -188,9 +188,11 @@ def make_phantom(out, patients=20, seed=0, workers=None):
     require(6 <= patients <= 80, "--patients", f"{patients} is out of range", "give 6 to 80")
     require(seed >= 0, "--seed", f"{seed} is negative", "give 0 or more")
     out = Path(out)
-    val, test = patients * 3 // 20 or 1, patients * 6 // 20
+    val = min(patients * 3 // 20 or 1, len(SPLIT["val"]))
+    test = min(patients * 6 // 20, len(SPLIT["test"]))
     parts = {"train": patients - val - test - 2, "val": val, "test": test, "official": 1}
-    names = ["patient090", *(p for s, n in parts.items() for p in SPLIT[s][:n])]  # 090: ED is not the first frame
+    names = ["patient090"]  # its ED is not the first frame
+    names += [p for s, n in parts.items() for p in SPLIT[s][:n]]
     mark = json.dumps({"phantom": 1, "patients": patients, "seed": seed}).encode()
     with workspace(out, ("training", "testing", MARKER)):
         empty = all(p.name == ".lock" for p in out.iterdir())

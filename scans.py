@@ -195,13 +195,12 @@ def read_scan(source, spacing=None, axes=None):
     array, zooms, nifti = data_prep.load_nifti(source, judged=False)
     refuse_labels(source, array)
     array, warnings = array.T, []                                    # in the file's order of axes
-    if axes:
-        if len(axes) > array.ndim:
-            axes = axes.replace("t", "")
-        if len(axes) != array.ndim:
-            raise DataError(f"{source}: has {array.ndim} axes, --axes {axes} names {len(axes)}; name each once")
-    elif array.ndim == 4 and array.shape[3] == 1:
+    if array.ndim == 4 and array.shape[3] == 1 and len(axes or "") < 4:
         array = array[..., 0]
+    if axes and len(axes) > array.ndim:
+        axes = axes.replace("t", "")
+    if axes and len(axes) != array.ndim:
+        raise DataError(f"{source}: has {array.ndim} axes, --axes {axes} names {len(axes)}; name each once")
     zooms = spacing[::-1] if spacing else header_spacing(source, zooms[::-1], nifti)
     plane = odd_stack((1, *array.shape[1::-1]), (1, *zooms[1::-1]))
     zooms = (*zooms, *(float(z) for z in nifti.header.get_zooms()[3:4]))

@@ -30,7 +30,9 @@ def fingerprint(root):
     sha = hashlib.sha256()
     for split, pattern in (("train_slices", data_prep.SLICE), ("val", data_prep.VOLUME)):
         for name in data_prep.read_list(root, split, pattern):
-            sha.update(name.encode() + data_prep.h5_path(root, name).read_bytes())
+            path = data_prep.h5_path(root, name)
+            with data_prep.readable(path):
+                sha.update(name.encode() + path.read_bytes())
     return sha.hexdigest()
 
 
@@ -109,10 +111,13 @@ class Slices:
         """An empty place for the answers, (n, 3, S, S) uint8 of RV, MYO, LV, where --cache says."""
         shape = len(self.names), 3, self.side, self.side
         if self.cache == "disk":                                       # a file without a name: it goes with the run
-            file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
-            if hasattr(os, "posix_fallocate"):                            # a disk that is full says so now
-                os.posix_fallocate(file.fileno(), 0, int(np.prod(shape)))
-            self.answers = torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=shape))
+            try:
+                file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+                if hasattr(os, "posix_fallocate"):                        # a disk that is full says so now
+                    os.posix_fallocate(file.fileno(), 0, int(np.prod(shape)))
+                self.answers = torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=shape))
+            except OSError as error:
+                raise data_prep.refusal(folder, error) from None
         else:
             place = self.device if self.cache == "device" else "cpu"
             self.answers = torch.zeros(shape, dtype=torch.uint8, device=place)
@@ -148,7 +153,7 @@ class Slices:
         return {**self.__dict__, "noise": None}
 
     def __getitem__(self, step):
-        """-> images (B, 1, S, S), labels (L, 1, S, S) of its first L slices, answers (B, 3, S, S) or None, as they
+        """-> images (B, 1, S, S), labels (L, 1, S, S) of its first L slices, answers (B, 3, S, S) or (), as they
         wait; or the error."""
         index, n_labeled = self.indices(step)
         if self.cache == "disk":
@@ -179,7 +184,8 @@ class Slices:
         if isinstance(raw, DataError):
             raise raw
         images, labels, answers = raw
-        cfg, n, rng = self.cfg, len(images), np.random.default_rng((self.cfg.seed, step))
+        cfg, n = self.cfg, len(images)
+        rng = np.random.default_rng((cfg.seed, step))
         self.noise.manual_seed(int(rng.integers(2**62)))
         if cfg.view == "whole":
             grid = augment.turns_and_flips(n, cfg.size, rng, self.device)
@@ -191,23 +197,21 @@ class Slices:
         if not len(answers):
             return x, y, None, rng
         heart = augment.warp(answers.to(self.device, non_blocking=True).float(), grid, outside="zeros")
-        bytes_ = torch.cat([255 - heart.sum(1, keepdim=True), heart], 1)                  # outside: background
-        return x, y, bytes_.clamp_min_(0.5).log_(), rng            # half of the least byte; logits have no unit
+        background = 255 - heart.sum(1, keepdim=True)                                     # all that lies outside
+        return x, y, torch.cat([background, heart], 1).clamp_min_(0.5).log_(), rng    # half of the least byte; no unit
 
 
 def load_teacher(path, cfg):
     """-> (network, its inference settings), frozen. DataError where it is no teacher, or answers other questions."""
     net, checkpoint = load_model(path)
     config = checkpoint.get("config")
-    trained = config.get("network") if isinstance(config, dict) else "teacher"
+    trained = config.get("network") if isinstance(config, dict) else "teacher"               # its word is taken
     if checkpoint["better"] != "teacher" and trained != "teacher":
         raise DataError(f"--teacher-ckpt {path}: holds the student of its run, not a teacher; train one with "
                         "--network teacher --method sup")
     for key, wanted in (("in_channels", 1), ("num_classes", len(data_prep.CLASSES) + 1)):
         if net.architecture[key] != wanted:
             raise DataError(f"--teacher-ckpt {path}: {key} {net.architecture[key]}, the student's is {wanted}")
-    if not all(v.isfinite().all() for v in net.state_dict().values()):
-        raise DataError(f"--teacher-ckpt {path}: its weights are not finite")
     inference = {key: checkpoint["inference"][key] for key in ("size", "view")}
     if inference["view"] != cfg.view:
         raise DataError(f"--teacher-ckpt {path}: looks at the {inference['view']}, the run at the {cfg.view} "

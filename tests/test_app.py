@@ -14,7 +14,7 @@ from urllib.parse import urlparse
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import CHROMIUM, ROOT, STUDENT, read_csv
+from conftest import CHROMIUM, ROOT, STUDENT, one_line, python, read_csv
 from PIL import Image
 from test_evaluate import painted
 
@@ -65,7 +65,8 @@ def server(tmp_path_factory):
     (folder / "app.py").write_text(code, encoding="utf-8")
     with open(folder / "stderr", "w+") as stderr:
         process = subprocess.Popen([sys.executable, "app.py", "--no-browser"], cwd=folder, stdout=subprocess.PIPE,
-                                   env={**os.environ, "TMPDIR": str(temporary)}, stderr=stderr, text=True)
+                                   env={**os.environ, "TMPDIR": str(temporary), "HTTP_PROXY": "http://127.0.0.1:9"},
+                                   stderr=stderr, text=True)
         try:
             line = process.stdout.readline()                        # the fixture waits as long as the start takes
             stderr.seek(0)
@@ -199,6 +200,20 @@ def test_bad_files(capsys, monkeypatch, open_page, server, tmp_path):
     page.reload()
     drop(page, tmp_path / "large.nii")
     page.get_by_text(re.compile("maximum.* size")).first.wait_for()
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "nonsense.invalid", "a..b"])
+def test_a_host_that_is_not_here(capsys, host):
+    import app
+    assert app.main(["--host", host, "--no-browser"]) == 2
+    one_line(capsys.readouterr().err, f"--host {host}", "give 0.0.0.0")
+
+
+def test_without_gradio():
+    code = "import sys, runpy; sys.modules['gradio'] = None; runpy.run_path('app.py', run_name='__main__')"
+    done = python("-c", code, cwd=ROOT)
+    assert done.returncode == 2
+    one_line(done.stderr, "pip install 'gradio")
 
 
 def test_two_pages_take_turns(open_page, server, cine):

@@ -121,6 +121,14 @@ def test_spacing_is_the_zooms_and_not_the_affine():
 
 # -------------------------------------------------------------------------------------------------------------- phantom
 
+def test_phantom_has_as_many_patients_as_asked(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(phantom, "run_parallel", lambda work, jobs, *_: made.append(len({job[0] for job in jobs})))
+    for n in (6, 20, 69, 70, 75, 80):
+        phantom.make_phantom(tmp_path / str(n), n)
+    assert made == [6, 20, 69, 70, 75, 80]
+
+
 def test_phantom_same_seed_same_bytes(cohort, tmp_path):
     done = python(ROOT / "phantom.py", tmp_path / "a", "--patients", 6, "--workers", 1)
     assert done.returncode == 0, done.stderr
@@ -679,8 +687,8 @@ FAULTS = {
     "other order": (_list("train_slices.list", _swap), "order"),
     "mirrored": (_unlisted(_h5(VALUE, _replace("label", lambda a: a[..., ::-1]))), "RV's centre"),
     "LV and RV exchanged": (_unlisted(_h5(VALUE, _replace("label", _exchange(3, 2, 1)))), "1 RV, 2 MYO, 3 LV"),
-    "ES spacing": (_h5("data/patient028_frame02.h5", lambda h: h.attrs.__setitem__("spacing", [10, 1, 1.1])), "first is"),
-    "a slice's spacing": (_h5(SLICE_FILE, lambda h: h.attrs.__setitem__("spacing", [10, 3, 3])), "first is"),
+    "ES spacing": (_h5("data/patient028_frame02.h5", lambda h: h.attrs.update(spacing=[10, 1, 1.1])), "first is"),
+    "a slice's spacing": (_h5(SLICE_FILE, lambda h: h.attrs.update(spacing=[10, 3, 3])), "first is"),
     "manifest damaged": (lambda root: (root / "manifest.json").write_text("[1") and "manifest.json", "cannot be read"),
 }
 

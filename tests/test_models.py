@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,10 @@ def test_segment_volume_takes_any_real_dtype(net):
     expected = segment_volume(net, volume, size=16)
     for dtype in (np.uint8, np.uint16, ">i2", ">f4", np.float64, np.int64):
         np.testing.assert_array_equal(segment_volume(net, volume.astype(dtype), size=16), expected)
+    np.testing.assert_array_equal(segment_volume(net, torch.from_numpy(volume).bfloat16(), size=16), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        segment_volume(net, np.where(volume > 150, 3e38, volume), size=16)                  # a fill at fp32's end
 
 
 def test_find_heart_by_hand(monkeypatch, net):
@@ -135,6 +140,8 @@ def test_find_heart_by_hand(monkeypatch, net):
     assert models.find_heart(*arguments) == {"center": (12, 23), "zoom": (0.5, 2.0)}
     assert asked == [(True, (0.5, 2.0))] * 2
     assert models.find_heart(net, seen, None, 16)["zoom"] == (1, 1)
+    assert models.find_heart(net, seen, np.array((10, 0.7, 2.8)), 16)["zoom"] == (0.5, 2.0)
+    assert models.find_heart(net, seen, (10, 500, 500), 16)["zoom"] == (1024 / 40, 1024 / 50)       # a slip of the pen
     assert models.find_heart(*arguments, "whole") == {}
 
 
@@ -175,6 +182,34 @@ def test_idle_cores_tells_a_busy_machine(monkeypatch):
     monkeypatch.setattr("builtins.open", lambda path: io.StringIO(next(lines)))
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     assert models.idle_cores(0) == pytest.approx(2.4)
+    monkeypatch.setattr("builtins.open", lambda path: io.StringIO("cpu  0 0 0 0 0 0\n"))             # a sandbox
+    assert models.idle_cores(0) == float("inf")
+
+
+def test_a_file_that_cannot_be_read_is_not_called_damaged(net, tmp_path, monkeypatch):
+    """Or load_last would set a good last.pt aside."""
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+    for name in ("last.pt", "previous.pt"):
+        save_checkpoint(tmp_path / name, content(net))
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(OSError, match=r"last.pt: cannot be read; give yourself"):
+        models.load_last(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
+
+
+def test_a_place_that_takes_no_file_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"file/x.pt: cannot be written"):
+        save_checkpoint(tmp_path / "file" / "x.pt", {})
+
+
+@pytest.mark.parametrize(("text", "expected"), [("150000 100000\n", 1.5), ("max 100000\n", float("inf"))])
+def test_a_container_s_limit(monkeypatch, text, expected):
+    monkeypatch.setattr(models.Path, "read_text", lambda path: text)
+    assert models.cpu_limit() == expected
+    monkeypatch.setattr(models.Path, "read_text", no_room)
+    assert models.cpu_limit() == float("inf")
 
 
 def test_pick_device(monkeypatch):
@@ -234,10 +269,12 @@ def test_bad_checkpoints_get_one_line(net, tmp_path):
     torch.save({"x": Bomb(tmp_path / "executed")}, tmp_path / "bomb2.pt")
     save_checkpoint(tmp_path / "widths.pt", content(net, architecture={**net.architecture, "base": 8}))
     save_checkpoint(tmp_path / "less.pt", {"networks": {}})
+    nan = {k: v * np.nan if v.is_floating_point() else v for k, v in net.state_dict().items()}
+    save_checkpoint(tmp_path / "nan.pt", content(net, networks={"student": nan}))
     save_checkpoint(tmp_path / "inference.pt", content(net, inference={}))
     save_checkpoint(tmp_path / "view.pt", content(net, inference={"size": 16, "view": "sideways"}))
     bad = sorted(tmp_path.glob("*.pt"))
-    assert len(bad) == 12
+    assert len(bad) == 13
     for path in [*bad, tmp_path / "absent.pt", tmp_path]:
         if path.name != "good.pt":
             with pytest.raises(CheckpointError) as error:

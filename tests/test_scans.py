@@ -375,6 +375,11 @@ def test_axes_of_one(tmp_path):
     scan = read_scan(write(tmp_path / "one.nii", base[..., None], (1.5, 1.5, 8, 1)))
     assert (scan.axes, scan.frames.shape) == ("xyz", (1, 6, 50, 60))
     np.testing.assert_array_equal(scan.back(scan.frames), base[..., None])
+    assert read_scan(tmp_path / "one.nii", axes="xyz").frames.shape == (1, 6, 50, 60)
+    held = scan.frames
+    while held is not None:                                                       # a mapped file could not be removed
+        assert not isinstance(held, np.memmap)
+        held = getattr(held, "base", None)
     with pytest.raises(DataError, match="--axes xyt and --spacing"):
         read_scan(write(tmp_path / "still.nii", one[..., None], (1.5, 1.5, 8, 1)))
     path = write(tmp_path / "still.nii", one, (1.5, 1.5, 8))

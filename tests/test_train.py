@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import fields, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, one_line, python, read_csv
+from conftest import ROOT, no_room, one_line, python, read_csv
 from torch import nn
 from torch.distributed.distributed_c10d import BackendConfig
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -578,9 +579,18 @@ def test_a_reader_takes_nothing_of_the_device(data):
 
 def test_damaged_slice_read_ahead_is_one_line(data, tmp_path, capsys):
     shutil.copytree(data, tmp_path / "copy")
-    (tmp_path / "copy/data/slices/patient099_frame01_slice_2.h5").write_bytes(b"")
-    options = arguments(tmp_path / "copy", tmp_path / "run", "--cache", "disk", "--iters", 6)
-    assert "patient099_frame01_slice_2.h5" in refused(capsys, options)
+    file = tmp_path / "copy/data/slices/patient099_frame01_slice_2.h5"
+    options = "--cache", "disk", "--iters", 6
+    file.write_bytes(b"")
+    assert f"{file.name}: cannot be read" in refused(capsys, arguments(tmp_path / "copy", tmp_path / "one", *options))
+    file.unlink()
+    assert f"{file.name}: absent; prepare" in refused(capsys, arguments(tmp_path / "copy", tmp_path / "two", *options))
+
+
+def test_a_disk_without_room_for_answers_is_named(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "posix_fallocate", no_room)
+    error = refused(capsys, arguments(data, tmp_path / "run", "--method", "act", "--cache", "disk", "--iters", 6))
+    assert f"{tmp_path / 'run'}: No space left on device; free some space" in error
 
 
 def torchrun(processes, script, *arguments):
@@ -688,6 +698,7 @@ def test_what_is_not_on_a_gpu_goes_by_gloo(monkeypatch, cuda):
     """torch alone would take nccl for everything: objects on one GPU for all ranks, and nothing for a run on CPUs."""
     asked = []
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **_: asked.append(backend) or 1 / 0)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
@@ -698,8 +709,17 @@ def test_what_is_not_on_a_gpu_goes_by_gloo(monkeypatch, cuda):
     assert not cuda or backends["cuda"] == "nccl"
 
 
+def test_a_stray_world_size_is_one_line(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as end:
+        main(["--labeled", "7"])
+    assert end.value.code == 2
+    one_line(capsys.readouterr().err, "RANK is not")
+
+
 def test_torchrun_chooses_the_gpus(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(train_actnet, "world", lambda: (0, 2))
     for name in ("init_process_group", "is_initialized", "destroy_process_group"):
         monkeypatch.setattr(torch.distributed, name, lambda *a, **k: True)
@@ -795,6 +815,7 @@ def test_a_device_trains_in_what_it_computes_fast(monkeypatch):
     for pays, cuda, cpu in ((True, "bf16", "bf16"), (False, "fp16", "fp32")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, pays=pays: pays)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda pays=pays: pays)
+        monkeypatch.setattr(torch.cuda, "device", nullcontext)
         assert models.fast_precision(torch.device("cuda")) == cuda
         assert models.fast_precision(CPU) == cpu
 
