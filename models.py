@@ -374,8 +374,8 @@ def save_checkpoint(path, content, previous=None):
 
 
 def load_checkpoint(path):
-    """Read what save_checkpoint wrote; nothing in the file is executed. Raises CheckpointError, OSError where it may not be
-    read."""
+    """Read what save_checkpoint wrote; nothing in the file is executed. Raises CheckpointError, and OSError where it is
+    not permitted to read it."""
     if not os.path.isfile(path):                                                 # a pipe would be waited for
         what = "not a file" if os.path.exists(path) else "no such checkpoint"
         raise CheckpointError(f"{path}: {what}; train one with train_actnet.py")

@@ -256,25 +256,21 @@ class ActNet:
             self.wrapped |= {name: distributed.parallel(self.wrapped[name], device, dtype) for name in trained}
 
     def step(self, step, x, y, answers, rng, mark=lambda part: None):
-        """One step on a batch of Slices -> TERMS (6,) float on the device. Waits for nothing; `mark` is told when a
-        part's work has been issued."""
-        cfg, n_labeled, local = self.cfg, len(y), step - self.stage.start
+        """One step -> TERMS (6,) float on the device. Waits for nothing; `mark` is told when a part's work has been
+        issued. As Slices.batches gives them: x (B, 1, S, S), y (L, S, S) uint8 of its first L slices, answers
+        (B, C, S, S) logits or None, rng."""
+        cfg, n_labeled, passed = self.cfg, len(y), step - self.stage.start
         coteacher, pseudo = self.wrapped.get("coteacher"), cfg.consistency == "pseudo"
-        for group in self.optimizer.param_groups:                            # the learning-rate schedule of a stage
-            group["lr"] = cfg.lr * max(0, 1 - local / self.stage.steps) ** 0.9
-        ramp = 1.0
-        if cfg.ramp:
-            risen = min(1, local / max(1, cfg.ramp * self.stage.steps))
-            ramp = math.exp(-5 * (1 - risen) ** 2)
+        ramp = self.schedule(passed)
 
         # One geometry for all networks, an intensity of its own for each: hard pictures for those who learn, mild
         # ones for those who answer. The student's are mixed (CutMix); the others see whole slices, and their answers
         # are mixed. Of several processes each takes every world-th row.
-        asked = x[:0]
+        for_coteacher = x[:0]
         if coteacher is not None:
-            asked = x[n_labeled:] if pseudo else x                           # hard labels only where there are none
+            for_coteacher = x[n_labeled:] if pseudo else x                   # hard labels only where there are none
         hard, mild = cfg.intensity, cfg.intensity / 4
-        views = [(x, hard), (asked, mild)]
+        views = [(x, hard), (for_coteacher, mild)]
         if self.along:
             views += [(x[:n_labeled], hard), (x[n_labeled:], mild)]
         x_s, x_c, *x_along = augment.perturb_each(views, rng, self.noise)
@@ -321,14 +317,23 @@ class ActNet:
         self.scaler.update()
         mark("optimizer")
         if coteacher is not None:
-            decay = min(cfg.ema, local / (local + 1))          # a mean of the first steps; skipped steps count too
+            decay = min(cfg.ema, passed / (passed + 1))         # a mean of the first steps; skipped steps count too
             get_ema_multi_avg_fn(decay)(*self.averaged, None)
             torch._foreach_copy_(*self.copied)
         mark("ema")
         return torch.stack((loss, dice, ce, kd, co, teacher_seg)).detach()
 
+    def schedule(self, passed):
+        """The learning rate after so many of the stage's steps -> how far the weights of L_kd and L_co have risen."""
+        cfg, steps = self.cfg, self.stage.steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = cfg.lr * max(0, 1 - passed / steps) ** 0.9
+        risen = min(1, passed / max(1, cfg.ramp * steps)) if cfg.ramp else 1
+        return math.exp(-5 * (1 - risen) ** 2)
+
     def teach(self, x_l, x_t):
-        """A teacher that trains along: its logits of the labelled slices, to learn from, and of all, detached."""
+        """A teacher that trains along: logits (L, C, S, S) of the labelled slices, to learn from, and (B, C, S, S) of
+        all, detached. x_l, x_t: this process' rows."""
         teacher, answers = self.wrapped["teacher"], []
         if len(x_t):
             self.nets["teacher"].eval()
@@ -404,17 +409,19 @@ def keep_log_until(path, step):
 @contextmanager
 def heed_signals():
     """-> list of the signals that asked to stop; a second one stops at once, without saving."""
-    asked = []
+    signals = []
 
     def on_signal(number, frame):
-        if asked:
+        if signals:
             raise KeyboardInterrupt
-        asked.append(signal.Signals(number).name)
+        signals.append(signal.Signals(number).name)
 
-    with ExitStack() as restored:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            restored.callback(signal.signal, number, signal.signal(number, on_signal))
-        yield asked
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Run:
@@ -424,12 +431,12 @@ class Run:
         log.csv                                                         every --log-every steps
         teacher.pt in stage 1, then best.pt                             at a validation that is better
         last.pt, the one before it as previous.pt; curves.png           a round's end, a stop, --save-minutes later
-        start.pt; renewal-STEP.pt                                       as stage 3 begins; as its next round begins
+        start.pt; renewal-ROUND.pt                                      as stage 3 begins; as its next round begins
         student.pt, summary.json, a row of --table                      at the end
     """
 
     def __init__(self, cfg, resume):
-        self.cfg, self.resume, self.folder, self.main = cfg, resume, Path(cfg.out), world()[0] == 0
+        self.cfg, self.folder, self.main = cfg, Path(cfg.out), world()[0] == 0
         self.stages, self.resumed = list_stages(cfg), resume is not None
         self.device, self.slices = prepare(cfg, resume.get("threads") if resume else None)
         self.volumes, self.digest = read_val(cfg.data), fingerprint(cfg.data)
@@ -452,10 +459,11 @@ class Run:
         self.best = state["best"]                                        # of "teacher" and of the learner, as kept
         self.scores = state["scores"]                                    # of the last validation
         self.began = self.saved = time.perf_counter()
-        self.bar, self.asked, self.entered = None, [], None              # entered: the ActNet of a resumed stage
+        self.bar, self.signals, self.entered = None, [], None             # entered: the ActNet of a resumed stage
         if resume:                                           # a state that does not fit is refused before a step
             now = next((stage for stage in self.stages if self.done < stage.end), None)
-            self.entered = self.enter(now) if now else None
+            self.entered = self.enter(now, resume) if now else None
+            resume.clear()                                                # gigabytes, perhaps; the callers hold it too
         else:
             self.check_start()
         self.total = self.cost(cfg.iters)
@@ -468,6 +476,8 @@ class Run:
         if cfg.precision == "bf16" and not models.bf16_pays(self.device):
             raise DataError(f"--precision bf16: this device only emulates it; "
                             f"{models.fast_precision(self.device)} is what --precision auto takes here")
+        if cfg.table and Path(cfg.table).is_dir():
+            raise DataError(f"--table {cfg.table}: is a folder; name a CSV file")
         if cfg.init:
             self.load_learner(cfg.init)
 
@@ -497,12 +507,13 @@ class Run:
 
     def open_folder(self):
         cfg, self.about = self.cfg, self.describe()
+        data_prep.write_atomic(self.folder / "config.json", (json.dumps(self.about, indent=1) + "\n").encode())
         if not self.resumed:                                           # copies: a resumed run needs no other file
-            (self.folder / "start.pt").unlink(missing_ok=True)         # of a run that died before it had a checkpoint
-            data_prep.write_atomic(self.folder / "config.json", (json.dumps(self.about, indent=1) + "\n").encode())
             copies = dict(zip(self.teachers, cfg.teacher_ckpt, strict=False))
             if cfg.init:
                 copies["start.pt"] = cfg.init
+            else:
+                (self.folder / "start.pt").unlink(missing_ok=True)     # of a run that died before it had a checkpoint
             for name, path in copies.items():
                 data_prep.write_atomic(self.folder / name, Path(path).read_bytes())
         (self.folder / "summary.json").unlink(missing_ok=True)
@@ -531,7 +542,7 @@ class Run:
             nets["teacher"] = UNet(*cfg.teacher).to(self.device, **layout)
         return nets
 
-    def enter(self, stage):
+    def enter(self, stage, resume=None):
         """-> the stage's ActNet, as the run's step left it or as the stage begins: stage 3 from stage 2's best on
         val, which is kept apart, since stage 3 finds better ones."""
         start = self.folder / "start.pt"
@@ -540,9 +551,8 @@ class Run:
             data_prep.write_atomic(start, (self.folder / "best.pt").read_bytes())
         distributed.barrier()                                                # what the first process wrote is there
         actnet = ActNet(self.cfg, self.device, stage, self.networks(stage), self.slices.noise)
-        if self.resume and self.done > stage.start:
-            models.restore(self.resume, actnet.nets, actnet.optimizer, self.cfg.out, actnet.scaler)
-        self.resume = None                                                                # gigabytes, perhaps
+        if resume and self.done > stage.start:
+            models.restore(resume, actnet.nets, actnet.optimizer, self.cfg.out, actnet.scaler)
         return actnet
 
     def learn(self, stage):
@@ -550,23 +560,23 @@ class Run:
         actnet = self.entered or self.enter(stage)
         self.entered = None
         self.slices.begin(stage)
-        for begin, end in stage.rounds:
+        for i, (begin, end) in enumerate(stage.rounds, 1):
             if self.done >= end:
                 continue
-            if stage.answers and not self.collect_answers(actnet, begin):
+            if stage.answers and not self.collect_answers(actnet, i, begin):
                 return False
             if not self.train_until(actnet, end):
                 return False
         return True
 
-    def collect_answers(self, actnet, begin):
+    def collect_answers(self, actnet, i, begin):
         """Ask the teachers, from the second round on with the co-teacher, about every slice. Returns False where the
         run was asked to stop: what was asked is asked again, the last checkpoint holds the rest."""
-        cfg, slices, renewal = self.cfg, self.slices, self.folder / f"renewal-{begin}.pt"
+        cfg, slices, renewal = self.cfg, self.slices, self.folder / f"renewal-{i}.pt"
         if self.main and self.done == 0:
             self.save(actnet)                                                     # so that a run stopped here goes on
         nets = [load_teacher(self.folder / name, cfg) for name in self.teachers]
-        if begin > actnet.stage.start:
+        if i > 1:
             if self.main and self.done == begin:
                 save_checkpoint(renewal, self.content({"coteacher": actnet.nets["coteacher"]}))
             distributed.barrier()
@@ -586,7 +596,7 @@ class Run:
     def stopping(self):
         """Whether a signal, --minutes or one of the other processes asks to stop."""
         late = 0 < 60 * self.cfg.minutes < time.perf_counter() - self.began
-        return distributed.any_of(bool(self.asked) or late, self.device)
+        return distributed.any_of(bool(self.signals) or late, self.device)
 
     def train_until(self, actnet, end):
         """Steps of the stage up to `end`. Returns False where the run was asked to stop, and has saved."""
@@ -668,10 +678,10 @@ class Run:
     def validate(self, actnet):
         """Score the stage's networks on val, keep the best -> the row's columns."""
         kept = {name: net for name, net in actnet.nets.items() if name != "teacher" or not actnet.along}
-        asked = actnet.nets if self.done == self.cfg.iters else kept      # a teacher along: told of at the end
+        scored = actnet.nets if self.done == self.cfg.iters else kept     # a teacher along: told of at the end
         searches = torch.backends.cudnn.benchmark
         torch.backends.cudnn.benchmark = False                            # a search does not pay for val's shapes
-        self.scores = {name: evaluate.validate(net, self.volumes, self.inference) for name, net in asked.items()}
+        self.scores = {name: evaluate.validate(net, self.volumes, self.inference) for name, net in scored.items()}
         torch.backends.cudnn.benchmark = searches
         means = {name: float(np.mean(self.scores[name]["dice"])) for name in kept}
         better = max(means, key=means.get)
@@ -701,9 +711,10 @@ class Run:
         """student.pt; the val scores of the last networks and of the best: on the screen, summary.json, --table."""
         cfg, best = self.cfg, self.best[self.cfg.network]
         kept = load_checkpoint(self.folder / "best.pt")
-        half = {k: v.half() if v.is_floating_point() else v for k, v in kept["networks"][best["better"]].items()}
+        better = kept["better"]                   # the file's word: after a kill a run may not find it again elsewhere
+        half = {k: v.half() if v.is_floating_point() else v for k, v in kept["networks"][better].items()}
         small = self.folder / f"{cfg.network}.pt"                         # to give away: one network, in fp16
-        save_checkpoint(small, {**kept, "networks": {best["better"]: half}})
+        save_checkpoint(small, {**kept, "networks": {better: half}})
         rows = [(name, "last", self.done, scores) for name, scores in self.scores.items()]
         for best_of in self.best.values():
             rows += [(name, "best", best_of["step"], scores) for name, scores in best_of["scores"].items()]
@@ -713,7 +724,7 @@ class Run:
         summary = dict(last={name: scores["dice"] for name, scores in self.scores.items()}, best=best,
                        teacher=self.best.get("teacher"), seconds=round(self.seconds, 1))
         data_prep.write_atomic(self.folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
-        print(f"kept: the {best['better']} of step {best['step']} in {self.folder / 'best.pt'}, alone and in fp16 in "
+        print(f"kept: the {better} of step {kept['step']} in {self.folder / 'best.pt'}, alone and in fp16 in "
               f"{small.name}; next: python evaluate.py {self.folder / 'best.pt'} --data {cfg.data}")
 
     def table_row(self, name, when, step, scores):
@@ -762,12 +773,12 @@ def train(cfg, resume=None):
     """One run: the teacher from the labels, the student from the labels, co-teaching. Returns its folder."""
     run = Run(cfg, resume)
     style = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"            # in FLOP: steps of the stages differ
-    with heed_signals() as run.asked, tqdm(
+    with heed_signals() as run.signals, tqdm(
             total=run.total, initial=run.cost(run.done), dynamic_ncols=True, disable=not run.main, bar_format=style,
             mininterval=1 if sys.stderr.isatty() else 30) as run.bar:
         ended = all(run.learn(stage) for stage in run.stages if run.done < stage.end)
     if run.main and not ended:
-        print(f"stopped at step {run.done} ({run.asked[0] if run.asked else '--minutes'}); "
+        print(f"stopped at step {run.done} ({run.signals[0] if run.signals else '--minutes'}); "
               f"go on with: python train_actnet.py --resume {shlex.quote(cfg.out)}")
     elif run.main:
         run.finish()
@@ -802,9 +813,7 @@ def parse(argv):
 def add_option(group, f):
     """A field of Config as an option."""
     default = f.default
-    if f.name == "compile":
-        kind = dict(action=argparse.BooleanOptionalAction)
-    elif isinstance(default, bool):
+    if isinstance(default, bool):
         kind = dict(action="store_true")
     elif default == ():
         kind = dict(nargs="+", metavar="FILE")
@@ -841,15 +850,19 @@ def resolve(given):
         for key in ("labeled_batch", "sup_batch"):
             given.setdefault(key, max(1, given["batch"] * getattr(before, key) // before.batch))
     cfg = Config(**{**usual, **given})
+    if cfg.teacher_along and "stages" in given:
+        raise DataError("--stages: with --teacher-along (--preset paper) co-teaching is the only stage")
     cfg = replace(cfg, stages=count_steps(cfg))                              # from here on steps, no longer parts
+    if cfg.rounds > max(1, cfg.stages[2]):
+        raise DataError(f"--rounds {cfg.rounds}: co-teaching has {cfg.stages[2]} steps")
     if list_stages(cfg)[-1].answers and not (cfg.stages[0] or cfg.teacher_ckpt):
         raise DataError("--stages: no teacher stage, and no --teacher-ckpt to answer in its place")
     if not cfg.out:
         base = f"runs/{'demo-' if demo else ''}{cfg.method}-{cfg.labeled}-seed{cfg.seed}"
         names = [base] + [f"{base}-{i}" for i in range(2, 1000)]
         cfg = replace(cfg, out=next(name for name in names if not Path(name).exists()))
-    elif any((Path(cfg.out) / name).exists() for name in ("last.pt", "previous.pt")):
-        raise DataError(f"--out {cfg.out}: holds a run already; --resume {cfg.out} goes on with it")
+    elif any((Path(cfg.out) / name).exists() for name in ("last.pt", "previous.pt", "summary.json")):
+        raise DataError(f"--out {cfg.out}: holds a run already; choose another, or --resume {cfg.out} goes on with it")
     return cfg, None
 
 

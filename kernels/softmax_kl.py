@@ -205,14 +205,14 @@ def softmax_mse(student_logits, teacher_logits, tau=1.0, *, expected_grad=1.0):
 def softmax_kl_reference(student_logits, teacher_logits, tau=1.0):
     """`softmax_kl` in plain torch, fp32 inside (fp64 from fp64)."""
     log_p = F.log_softmax(_upcast(student_logits) / tau, 1)
-    log_q = F.log_softmax(_upcast(teacher_logits.detach()) / tau, 1)
+    log_q = F.log_softmax(teacher_logits.detach().to(log_p.dtype) / tau, 1)
     return (log_q.exp() * (log_q - log_p)).sum() * (tau * tau / _pixels(student_logits))
 
 
 def softmax_mse_reference(student_logits, teacher_logits, tau=1.0):
     """`softmax_mse` in plain torch, fp32 inside (fp64 from fp64)."""
     p = F.softmax(_upcast(student_logits) / tau, 1)
-    q = F.softmax(_upcast(teacher_logits.detach()) / tau, 1)
+    q = F.softmax(teacher_logits.detach().to(p.dtype) / tau, 1)
     return F.mse_loss(p, q.to(p.dtype), reduction="sum") / _pixels(student_logits)
 
 

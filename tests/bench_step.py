@@ -23,7 +23,6 @@ from torch.utils.data import DataLoader, Dataset
 import data_prep
 import models
 import train_actnet
-from distributed import world
 from models import UNet
 from train_actnet import ActNet, list_stages, prepare, step_cost
 
@@ -53,9 +52,9 @@ class Clock:
 
 
 def matrix_rate(device):
-    """FLOP/s of a large bf16 (or fp32, where that is faster) matrix product: the floor of a step's time."""
-    rates = []                                                 # bf16 without its instructions would take minutes
-    for dtype in (torch.float32, torch.bfloat16)[:1 + models.bf16_pays(device)]:
+    """FLOP/s of a large matrix product in what is trained in (or fp32, where that is faster): the floor of a step."""
+    rates, fast = [], dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[models.fast_precision(device)]
+    for dtype in {torch.float32, fast}:
         n = 8192 if device.type == "cuda" else 2048
         a, b = torch.randn(2, n, n, device=device).to(dtype)
         clock = Clock(device)
@@ -67,10 +66,10 @@ def matrix_rate(device):
 
 
 def begin(cfg, device, slices, stage):
-    """The stage's networks from random weights; where the run would hold a teacher's answers, random ones."""
+    """-> the stage's ActNet from random weights; where the run would hold a teacher's answers, random ones."""
     nets, learner = {}, "teacher" if stage.number == 1 else cfg.network
-    shapes = [learner] + ["coteacher"] * (stage.number == 3 and cfg.method in ("mt", "act"))
-    for name in shapes + ["teacher"] * cfg.teacher_along:
+    names = [learner] + ["coteacher"] * (stage.number == 3 and cfg.method in ("mt", "act"))
+    for name in names + ["teacher"] * cfg.teacher_along:
         shape = getattr(cfg, learner if name == "coteacher" else name)
         nets[name] = UNet(*shape).to(device, memory_format=torch.channels_last)
     if "coteacher" in nets:
@@ -103,13 +102,13 @@ def time_stage(cfg, device, slices, stage, steps, rate):
     flop, n = step_cost(cfg, stage), cfg.batch if stage.number == 3 else cfg.sup_batch
     row = dict(
         date=time.strftime("%Y-%m-%d"), commit=train_actnet.describe_commit(), device=models.describe_device(device),
-        processes=world()[1], torch=torch.__version__, precision=actnet.precision, compile=cfg.compile,
+        processes=1, torch=torch.__version__, precision=actnet.precision, compile=cfg.compile,
         cache=slices.cache, view=cfg.view, method=cfg.method, stage=stage.number, along=cfg.teacher_along,
         teacher="{} {}".format(*cfg.teacher), student="{} {}".format(*cfg.student), size=cfg.size, batch=n, steps=steps,
         ms_p20=p20, ms_p50=p50, ms_p80=p80, slices_per_s=1000 * n / p50,
         **{f"{part}_percent": 100 * spans[part].sum() / total.sum() for part in PARTS}, gflop=flop / 1e9,
         matrix_tflops=rate / 1e12,                                                             # of one device
-        floor_percent=100 * flop / world()[1] / rate / (p50 / 1000), peak_mb=peak)
+        floor_percent=100 * flop / rate / (p50 / 1000), peak_mb=peak)
     return {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
 
 
@@ -228,4 +227,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(data_prep.exit_code("bench_step.py", main, (models.CheckpointError, models.DeviceError)))

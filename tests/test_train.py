@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, no_room, one_line, python, read_csv
+from conftest import ROOT, files, no_room, one_line, python, read_csv
 from torch import nn
 from torch.distributed.distributed_c10d import BackendConfig
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -344,6 +344,8 @@ def test_an_answer_is_the_mean_over_turns_and_networks():
         assert said.shape == (2, 3, 64, 64)
         assert (said[:, 0, 27:31, 24:40][inside] - 0.9).abs().max() < 0.02                 # turned there and back again
         assert (said[:, 0, 15:20, 26:38] - 0.1).abs().max() < 0.02
+        with torch.autocast("cpu", torch.bfloat16):                              # turned by a grid in fp32 all the same
+            assert torch.equal(ask([(Square(), window)] * nets, image, views).float() / 255, said)
         assert said[:, 0, :5, :5].max() == 0                                     # outside of the window, however turned
         assert said[:, 1:].max() == 0
 
@@ -381,7 +383,7 @@ def test_terms_of_each_method(data, tmp_path, method, more, present):
     files = {"config.json", "log.csv", "curves.png", "best.pt", "last.pt", "previous.pt", "summary.json"}
     files |= {"teacher.pt"} if rows[0]["stage"] == 1 or "--network" in more else set()
     files |= {"student.pt"} if "--network" not in more else set()
-    files |= {"renewal-6.pt"} if "--rounds" in more else set()
+    files |= {"renewal-2.pt"} if "--rounds" in more else set()
     files |= {"start.pt"} if {2, 3} <= {row["stage"] for row in rows} else set()
     assert {p.name for p in (tmp_path / "run").iterdir()} == files
     written = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -515,10 +517,49 @@ def test_start_from_a_checkpoint(data, tmp_path, capsys):
         assert told in refused(capsys, arguments(data, tmp_path / "no", *more))
         assert not (tmp_path / "no").exists()
     best.unlink()                                              # a resumed run begins from its own last.pt
+    first = json.loads((tmp_path / "then" / "config.json").read_text())["command"]
     assert main(["--resume", str(tmp_path / "then"), "--iters", "2", "--table", str(tmp_path / "table.csv")]) == 0
     assert load_checkpoint(tmp_path / "then" / "last.pt")["config"]["init"] == str(best)
-    first = json.loads((tmp_path / "then" / "config.json").read_text())["command"]
-    assert read_csv(tmp_path / "table.csv")[0]["command"].startswith(first + " && python ")
+    command = json.loads((tmp_path / "then" / "config.json").read_text())["command"]
+    assert command.startswith(first + " && python ")
+    assert read_csv(tmp_path / "table.csv")[0]["command"] == command
+
+
+def test_more_steps_for_a_run_of_two_rounds(data, tmp_path):
+    """The border of its rounds moves; what the second one asks was saved at the first border."""
+    run(data, tmp_path / "run", "--rounds", 2, "--iters", 12, "--stages", 1, 1, 2)
+    assert main(["--resume", str(tmp_path / "run"), "--iters", "15"]) == 0
+    assert read_log(tmp_path / "run")[-1]["step"] == 15
+
+
+def test_a_state_that_is_restored_is_let_go(data, tmp_path):
+    run(data, tmp_path / "run", "--iters", 6)
+    cfg, state = train_actnet.resolve(dict(resume=str(tmp_path / "run"), iters=9))
+    train_actnet.Run(cfg, state)
+    assert not state
+
+
+def test_the_small_student_is_what_best_pt_says(data, tmp_path):
+    """Of a run killed between its best and its last checkpoint that finds another best when it goes on elsewhere."""
+    run(data, tmp_path / "run", "--iters", 6)
+    last = load_checkpoint(tmp_path / "run" / "last.pt")
+    kept = last["best"]["student"]
+    kept["better"] = "student" if kept["better"] == "coteacher" else "coteacher"
+    torch.save(last, tmp_path / "run" / "last.pt")
+    (tmp_path / "run" / "summary.json").unlink()
+    assert main(["--resume", str(tmp_path / "run")]) == 0
+    small, best = (load_checkpoint(tmp_path / "run" / name)["better"] for name in ("student.pt", "best.pt"))
+    assert small == best
+    load_model(tmp_path / "run" / "student.pt")
+
+
+def test_a_finished_run_without_its_state_is_not_overwritten(data, tmp_path, capsys):
+    run(data, tmp_path / "run", "--iters", 6)
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / "run" / name).unlink()
+    before = files(tmp_path / "run")
+    assert "holds a run already" in refused(capsys, arguments(data, tmp_path / "run", "--iters", 6))
+    assert files(tmp_path / "run") == before
 
 
 def test_finished_run_gives_its_scores_and_a_small_student(data, tmp_path):
@@ -804,7 +845,7 @@ def test_a_step_of_co_teaching_costs_the_same_whatever_the_teacher(data):
 def test_compiled_networks_train_alike(data, tmp_path, monkeypatch):
     """Through torch.compile's wrapper; inductor itself takes a minute and is torch's to test."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    logs = [run(data, tmp_path / option, option) for option in ("--compile", "--no-compile")]
+    logs = [run(data, tmp_path / str(len(option)), *option) for option in (("--compile",), ())]
     assert [row["loss"] for row in logs[0]] == [row["loss"] for row in logs[1]]
     assert logs[0][-1]["val_student"] == logs[1][-1]["val_student"]
 
@@ -972,6 +1013,9 @@ def test_files_of_others_are_left_alone(data, tmp_path, monkeypatch, capsys):
     (["--iters", "0"], "--iters 0"),
     (["--stages", "0", "1", "1"], "--teacher-ckpt"),
     (["--rounds", "2", "--method", "kd"], "--rounds 2"),
+    (["--rounds", "5", "--iters", "6"], "--rounds 5"),
+    (["--stages", "1", "1", "1", "--preset", "paper"], "--stages"),
+    (["--table", "."], "--table ."),
     (["--size", "0"], "--size 0"),
     (["--out", "file/run"], "file"),
 ])
