@@ -366,8 +366,8 @@ def test_an_answer_is_the_mean_over_turns_and_networks():
     ("mt", ["--network", "teacher"], {"co"}),
 ])
 def test_terms_of_each_method(data, tmp_path, method, more, present):
-    rows = run(data, tmp_path / "run", "--method", method, "--confidence", 0, "--iters", 8,
-               "--stages", 2, 3, 3, *more)
+    stages = () if "--teacher-along" in more else ("--stages", 2, 3, 3)
+    rows = run(data, tmp_path / "run", "--method", method, "--confidence", 0, "--iters", 8, *stages, *more)
     assert [row["step"] for row in rows] == list(range(1, 9))
     alone = {"sup": [2] * 8, "mt": [2] * 4 + [3] * 4}.get(method, [1] * 2 + [2] * 3 + [3] * 3)
     assert [row["stage"] for row in rows] == ([3] * 8 if "--teacher-along" in more else alone)
