@@ -4,6 +4,7 @@ An operator that mixes the two places, or asks a tensor of the GPU for its value
 cannot see: kernels (tests/test_kernels.py), numerics, memory (pinned, too), streams.
 """
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.optim.Optimizer, "_group_tensors_by_device_and_dtype", staticmethod(
         lambda *args, **kwargs: {(GPU, dtype): v for (_, dtype), v in group(*args, **kwargs).items()}))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "pretended")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**36, 2**36))
     return Gpu()
