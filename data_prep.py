@@ -374,10 +374,15 @@ def read_volume(root, name):
     return Volume(name, image, label, attrs.get("spacing"), attrs.get("group"))
 
 
+def list_patients(names):
+    """The patients of slices or volumes by name, in their order."""
+    return list(dict.fromkeys(name[:10] for name in names))
+
+
 def first_patients(names, k):
     """Of slices or volumes by name, in their order: the first k patients, those of `--labeled k`. DataError where
     there are fewer."""
-    patients = list(dict.fromkeys(name[:10] for name in names))
+    patients = list_patients(names)
     require(1 <= k <= len(patients), f"--labeled {k}", f"there are {len(patients)} training patients", "give 1 to that")
     return patients[:k]
 
@@ -618,12 +623,13 @@ def check(root):
             require(label is not None or owners[name[:10]] == "official", root / file, "holds no label")
             same = file not in sums or sums[file] == checksum(image, label)
             require(same, root / file, "the content is not what manifest.json says")
+            spacing = attrs.get("spacing")
             if label is not None:
                 before = volumes.get(name[:18], [0])[0]
-                volumes[name[:18]] = before + measure(image, label), attrs.get("spacing"), root / file
-            first = spacings.setdefault(name[:10], attrs.get("spacing"))
-            same = None in (first, attrs.get("spacing")) or same_numbers(first, attrs["spacing"])
-            require(same, root / file, f"spacing {attrs.get('spacing')} mm, but the patient's first is {first}")
+                volumes[name[:18]] = before + measure(image, label), spacing, root / file
+            first = spacings.setdefault(name[:10], spacing)
+            same = None in (first, spacing) or same_numbers(first, spacing)
+            require(same, root / file, f"spacing {spacing} mm, but the patient's first is {first}")
 
     for measured, spacing, path in volumes.values():
         with noted(faults):
@@ -639,7 +645,7 @@ def check_lists(lists, owners):
                 yield name, f"{entry} stands there {times} times"
         if name == "train_slices":
             continue  # check_slices
-        for patient in dict.fromkeys(entry[:10] for entry in entries):
+        for patient in list_patients(entries):
             if owners[patient] != name:
                 yield name, f"{patient} is also in {owners[patient]}.list"
             for frame in (f"{patient}_frame01", f"{patient}_frame02"):

@@ -15,11 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def start():
-    """Join torchrun's processes, if it started this one."""
+    """Join torchrun's processes, if it started this one. OSError where something else has half set its variables."""
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         if "RANK" not in os.environ:
-            print("train_actnet.py: WORLD_SIZE is set, RANK is not; start by torchrun, or unset it", file=sys.stderr)
-            sys.exit(2)
+            raise OSError("WORLD_SIZE is set, RANK is not; start by torchrun, or unset it")
         # Alone, nccl would also carry what is not on a GPU: the run's name, and everything of a run on CPUs.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=1))                         # a validation's patience

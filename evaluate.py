@@ -414,8 +414,8 @@ def find_volumes(root, split, labeled):
     names = data_prep.read_list(root, source)
     if split == "unlabeled":
         slices = data_prep.read_list(root, "train_slices", data_prep.SLICE)
-        patients = list(dict.fromkeys(n[:10] for n in slices))                          # the first of them had labels
-        known = patients[:labeled] if type(labeled) is int else {n[:10] for n in names}
+        known = data_prep.list_patients(slices)                                         # the first of them had labels
+        known = known[:labeled] if type(labeled) is int else data_prep.list_patients(names)
         names = [n for n in names if n[:10] not in known]
         data_prep.require(names, "--split unlabeled", f"the checkpoint was trained with {labeled} labelled patients: "
                           f"none in {root}/train.list is known to be without", "choose another --split")

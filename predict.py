@@ -466,7 +466,7 @@ def print_export(net, inference, path):
     steps = f"{window} size x size pixels; the graph standardises each slice; argmax of the logits"
     with evaluate.names_target(path, "FILE"):
         opset = export_onnx(net, path, dict(classes=classes, preprocessing=steps, size=str(inference["size"]),
-                                                  view=inference["view"]))
+                                            view=inference["view"]))
         megabytes = path.stat().st_size / 1e6
     print(f"{path}: ONNX opset {opset}, {megabytes:.1f} MB; classes {classes}; {steps}")
 

@@ -936,12 +936,12 @@ def run_once(given):
 
 def main(argv=None):
     given = parse(argv)
-    distributed.start()
     # Until the loop, which saves first, SIGTERM is what Ctrl-C is: one line.
     handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def work():
         try:
+            distributed.start()
             return run_once(given)
         except (DataError, models.CheckpointError, OSError):
             if world()[0] > 0:                                                       # told by the first process

@@ -213,7 +213,7 @@ def softmax_mse_reference(student_logits, teacher_logits, tau=1.0):
     """`softmax_mse` in plain torch, fp32 inside (fp64 from fp64)."""
     p = F.softmax(_upcast(student_logits) / tau, 1)
     q = F.softmax(teacher_logits.detach().to(p.dtype) / tau, 1)
-    return F.mse_loss(p, q.to(p.dtype), reduction="sum") / _pixels(student_logits)
+    return F.mse_loss(p, q, reduction="sum") / _pixels(student_logits)
 
 
 def _upcast(x):

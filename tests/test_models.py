@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from conftest import ROOT, STUDENT, Bomb, no_room, one_line, python
 
 import augment
+import data_prep
 import models
 from models import CheckpointError, UNet, count_parameters, load_model, save_checkpoint, segment_volume, standardize
 
@@ -300,3 +301,4 @@ def test_copied_alone(tmp_path, name, code, said):
 
 def test_files_that_are_copied_alone_standardise_alike():
     assert inspect.getsource(models.standardize) == inspect.getsource(augment.standardize)
+    assert inspect.getsource(models.one_line) == inspect.getsource(data_prep.one_line)
