@@ -159,8 +159,8 @@ PRESETS = {
                   consistency="mse", cutmix=0.0, intensity=0.3, teacher_along=True),
     "cpu": dict(size=128, batch=16, labeled_batch=4, sup_batch=8, iters=21000, stages=(4000, 15000, 2000),
                 teacher=(5, 16)),
-    "demo": dict(data="data/phantom", labeled=3, size=96, batch=8, labeled_batch=4, sup_batch=8, iters=600,
-                 stages=(150, 150, 300), teacher=(4, 12), student=(4, 8), views=3, lr=0.01, ema=0.95, val_every=150,
+    "demo": dict(data="data/phantom", labeled=3, size=96, batch=8, labeled_batch=4, sup_batch=8, iters=550,
+                 stages=(150, 100, 300), teacher=(4, 12), student=(4, 8), views=1, lr=0.01, ema=0.95, val_every=150,
                  log_every=10),
 }
 MAY_CHANGE = {"iters", "minutes", "save_minutes", "gpu", "cpu", "data", "table"}                        # on --resume
