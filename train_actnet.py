@@ -79,7 +79,7 @@ class Config:
     cpu: bool = option(False, "train on the CPU")
     seed: int = option(0, "of weights, batches and augmentation", high=2**63 - 1)
     iters: int = option(30000, "steps of all stages", low=1)
-    stages: tuple = option((5, 15, 10), "their parts: teacher, student, co-teaching")
+    stages: tuple = option((5, 5, 20), "their parts: teacher, student, co-teaching")
     minutes: float = option(0.0, "stop and save after so long; 0: never")
     val_every: int = option(500, "steps between validations", low=1)
     save_minutes: float = option(1.0, "least time between checkpoints, which validations make; 0: each")
@@ -157,7 +157,7 @@ def check_value(f, value):
 PRESETS = {
     "paper": dict(view="whole", size=256, optimizer="sgd", lr=0.01, ramp=0.2, dice="squared", distill="mse", tau=20.0,
                   consistency="mse", cutmix=0.0, intensity=0.3, teacher_along=True),
-    "cpu": dict(size=128, batch=16, labeled_batch=4, sup_batch=8, iters=21000, stages=(4000, 15000, 2000),
+    "cpu": dict(size=128, batch=16, labeled_batch=4, sup_batch=8, iters=16000, stages=(4000, 4000, 8000),
                 teacher=(5, 16)),
     "demo": dict(data="data/phantom", labeled=3, size=96, batch=8, labeled_batch=4, sup_batch=8, iters=550,
                  stages=(150, 100, 300), teacher=(4, 12), student=(4, 8), views=1, lr=0.01, ema=0.95, val_every=150,
