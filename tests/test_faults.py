@@ -349,7 +349,7 @@ def test_a_run_stopped_while_answers_are_made_equals_the_unbroken_one(server, da
 def finished(server, data, tmp_path_factory):
     """A run of 4 steps: teacher 1, student 2, co-teaching 1; checkpoints of step 4 (last.pt) and 3 (previous.pt)."""
     run = tmp_path_factory.mktemp("finished") / "run"
-    Child(server, arguments(data, run, "--iters", 4)).succeed()
+    Child(server, arguments(data, run, "--iters", 4, "--stages", 1, 2, 1)).succeed()
     return run
 
 

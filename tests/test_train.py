@@ -452,7 +452,7 @@ def test_several_teachers_answer_and_stay(data, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr("slices.ask", lambda nets, *rest: (
         asked.append([net.architecture["depth"] for net, _ in nets]), ask(nets, *rest))[1])
-    rows = run(data, tmp_path / "run", "--teacher-ckpt", *given)
+    rows = run(data, tmp_path / "run", "--stages", 1, 3, 1, "--teacher-ckpt", *given)
     assert sorted(asked[0]) == [2, 3]
     assert [row["stage"] for row in rows] == [2, 2, 2, 3]
     assert rows[3]["kd"] > 0 == rows[3]["teacher"]
@@ -966,7 +966,7 @@ def test_checkpoints_keep_their_distance_and_stages_end_with_one(data, tmp_path,
 
 
 def test_infinite_loss_stops_with_its_step_and_slices(data, tmp_path, capsys):
-    run(data, tmp_path / "run")
+    run(data, tmp_path / "run", "--stages", 1, 2, 1)
     last = tmp_path / "run" / "last.pt"
     checkpoint = load_checkpoint(last)
     next(iter(checkpoint["networks"]["student"].values()))[0] = float("nan")
