@@ -305,6 +305,7 @@ def find_heart(net, volume, spacing, size, view="heart", batch=16):
 POSITIONS = ("as ACDC", "turned 90 clockwise", "turned 180", "turned 90 counter-clockwise", "mirrored left-right",
              "transposed", "mirrored up-down", "transposed and turned 180")
 UNSURE = 20                                # pixels of entropy 1 that it adds to each class: a lost RV is not a sure one
+CLOSE = 1.15                               # times the least doubt; the surest by all slices came closer (34 frames)
 
 
 def turn(array, position, back=False):
@@ -324,31 +325,35 @@ def turn_spacing(spacing, position):
     return (z, y, x) if position % 2 == 0 else (z, x, y)
 
 
-def find_position(net, slices, spacing, size, view="heart", batch=16):
+def find_position(net, slices, spacing, size, view="heart", batch=16, few=slice(None)):
     """(N, Y, X) slices of one scan, spacing (z, y, x) in mm -> the index in POSITIONS of how they lie: the one in which
     the network is surest.
 
     Asked about whole slices in each, it doubts the largest thing that it takes for a heart by the mean over RV, MYO
-    and LV of (sum of the entropy of their pixels + UNSURE) / (their number + UNSURE). The eight are the same for all
-    eight versions of a scan, so all get one answer; of equal doubts, the least array in C order decides, not how the
-    scan lies. view "whole": 0. Needs scipy.
+    and LV of (sum of the entropy of their pixels + UNSURE) / (their number + UNSURE). It is asked about slices[few]
+    first, then about all in the positions that come CLOSE. The eight are the same for all eight versions of a scan, so
+    all get one answer; of equal doubts, the least array in C order decides, not how the scan lies. view "whole": 0.
+    Needs scipy.
     """
-    if view == "whole":
-        return 0
-    doubts = []
-    for position in range(len(POSITIONS)):
-        turned = turn(slices, position)
+    def doubt(position, asked):
+        turned = turn(asked, position)
         zoom = to_pixel(turn_spacing(spacing, position), turned.shape)
         labels, probs = segment_volume(net, turned, 2**30, view, batch, zoom=zoom, return_probs=True)
         heart = largest_component((labels > 0).astype(np.uint8)) > 0
         labels, probs = labels[heart], probs.transpose(0, 2, 3, 1)[heart]                 # (pixels,), (pixels, C)
         entropy = -(probs * np.log(np.maximum(probs, 1e-12))).sum(1) / math.log(probs.shape[1])
         classes = [entropy[labels == k] for k in range(1, probs.shape[1])]
-        doubt = np.mean([(e.sum(dtype=float) + UNSURE) / (len(e) + UNSURE) for e in classes])
-        doubts.append((float(doubt), position, turned))
-    least = min(doubt for doubt, _, _ in doubts)
-    equal = [(turned.shape, turned.tobytes(), position) for doubt, position, turned in doubts if doubt == least]
-    return min(equal)[-1]
+        return float(np.mean([(e.sum(dtype=float) + UNSURE) / (len(e) + UNSURE) for e in classes]))
+
+    if view == "whole":
+        return 0
+    doubts = {position: doubt(position, slices[few]) for position in range(len(POSITIONS))}
+    close = [position for position in doubts if doubts[position] <= CLOSE * min(doubts.values())]
+    if len(close) > 1:
+        doubts = {position: doubt(position, slices) for position in close}
+    equal = [position for position in doubts if doubts[position] == min(doubts.values())]
+    turned = [turn(slices, position) for position in equal]
+    return min((array.shape, array.tobytes(), position) for array, position in zip(turned, equal, strict=True))[-1]
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints

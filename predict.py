@@ -56,8 +56,10 @@ UNLIKE = 0.2                         # below the usual correlation of a slice wi
 JUMP = 0.3                           # of the usual volume, off the running median of five frames
 SHARE = 0.25                         # of the slices with a heart, on which each structure is; predicted from 0.30
 RATIO = {"ED": (0.25, 5), "": (0.1, 8)}  # RV/LV; annotated from 0.31, at ES 0.15; predicted 0.32 to 3.2, 0.12 to 5.3
-USUAL = 0.065                        # entropy of what student_acdc7.pt predicts on val; later checkpoints tell theirs
+USUAL = 0.065                        # entropy on val where a checkpoint does not tell its own: an early student's
 ENTROPY = 2.5                        # times the usual: 160 frames of ACDC up to 0.13, no heart 0.15 to 0.36
+ENCLOSED = 0.78                      # of the LV's border faces myocardium; annotated from 0.98, predicted from 0.82 but
+                                     # for the RV of patient086, taken for LV: 0.73
 
 
 # ----------------------------------------------------------------------------------------------------------- inputs
@@ -132,18 +134,47 @@ def find_images(paths):
 
 # --------------------------------------------------------------------------------------------------------- one file
 
+def beside(labels):
+    """(Z, Y, X) -> the labels of each pixel's four neighbours in its slice, four arrays of that shape."""
+    wide = np.pad(labels, ((0, 0), (1, 1), (1, 1)), mode="edge")
+    return wide[:, :-2, 1:-1], wide[:, 2:, 1:-1], wide[:, 1:-1, :-2], wide[:, 1:-1, 2:]
+
+
+def enclosed(labels):
+    """(Z, Y, X) -> the part of the LV's border within the slices that faces myocardium, 0 to 1; 1 without LV. What is
+    not connected to the largest heart does not count."""
+    labels = labels * models.largest_component((labels > 0).astype(np.uint8))
+    lv = labels == 3
+    facing = np.concatenate([side[lv & (side != 3)] for side in beside(labels)])
+    return float(np.mean(facing == 2)) if len(facing) else 1.0
+
+
+def keep_parts(labels):
+    """models.largest_component, but of the LV the part that faces most myocardium: of an RV so wide that it was taken
+    for LV, more may be left than of the LV itself."""
+    kept = models.largest_component(labels)
+    parts, n = ndimage.label(labels == 3)
+    faces = sum(np.bincount(parts[side == 2], minlength=n + 1) for side in beside(labels))[1:]        # of each part
+    if faces.any():
+        kept[kept == 3] = 0
+        kept[parts == 1 + faces.argmax()] = 3
+    return kept
+
+
 def segment_frames(nets, frames, spacing, inference, component, name="", position=0):
     """(T, Z, Y, X) -> (labels of that shape, uint8; entropy maps, float32; rows of NAME_volumes.csv). position: how
     they lie, as of find_position; name: of the progress bar."""
     labels, maps, rows = np.empty(frames.shape, np.uint8), np.empty(frames.shape, np.float32), []
     silent = None if len(frames) > 1 else True                         # None: silent where stderr is no terminal
     for t, frame in enumerate(tqdm(frames, desc=name, unit="frame", disable=silent, leave=False)):
-        result = evaluate.segment(nets, turn(frame, position), inference, component)
-        labels[t] = turn(result.labels, position, back=True)
+        result = evaluate.segment(nets, turn(frame, position), inference)
+        kept = keep_parts(result.labels) if component else result.labels
+        labels[t] = turn(kept, position, back=True)
         maps[t] = turn(result.entropy, position, back=True)
         row = dict(frame=t + 1, phase="")
-        row |= zip(ML, volumes_ml(result.labels, spacing), strict=True)
-        row["entropy"] = mean(result.entropy[result.labels > 0])
+        row |= zip(ML, volumes_ml(kept, spacing), strict=True)
+        row["lv_enclosed"] = enclosed(result.labels)
+        row["entropy"] = mean(result.entropy[kept > 0])
         if result.disagreement is not None:
             row["disagreement"] = mean(result.disagreement)
         rows.append(row)
@@ -179,16 +210,18 @@ def find_phases(ml):
 
 
 def asked_slices(frames):
-    """(T, Z, Y, X) -> (4, Y, X), the slices by which find_position judges: from the base's side to the apex's, each of
-    another frame where there are some; the same slices if the stack is upside down."""
-    n, last = len(frames), frames.shape[1] - 1
-    low, near = int(0.2 * last), int(0.4 * last)
-    return np.stack([frames[n * i // 4, z] for i, z in enumerate((low, near, last - near, last - low))])
+    """(T, Z, Y, X) -> (Z, Y, X), the slices by which find_position judges, of frames all over the cine, and the indices
+    of the four that it is asked about first, the same ones if the stack is upside down."""
+    n, depth = frames.shape[:2]
+    low, near = int(0.2 * (depth - 1)), int(0.4 * (depth - 1))
+    heights = np.arange(depth)
+    return frames[heights * n // depth, heights], [low, near, depth - 1 - near, depth - 1 - low]
 
 
-def odd_result(labels, image, ml, entropy, phase, usual=USUAL):
-    """What is implausible about one frame's result -> [texts]. labels, image (Z, Y, X), ml of RV, MYO, LV; the entropy,
-    and what it usually is."""
+def odd_result(labels, image, row, usual=USUAL):
+    """What is implausible about one frame's result -> [texts]. labels, image (Z, Y, X); its row of NAME_volumes.csv;
+    the usual entropy."""
+    ml, entropy = [row[k] for k in ML], row["entropy"]
     slices = np.count_nonzero((labels > 0).any((1, 2)))
     if not slices:
         return ["no heart found"]
@@ -197,9 +230,12 @@ def odd_result(labels, image, ml, entropy, phase, usual=USUAL):
     if lost := [c for c, n in on.items() if n < SHARE * slices]:
         texts.append(f"{' and '.join(lost)} on fewer than {SHARE:.0%} of the {slices} slices with a heart")
     ratio = ml[0] / ml[2] if ml[2] else np.inf
-    least, most = RATIO.get(phase, RATIO[""])
+    least, most = RATIO.get(row["phase"], RATIO[""])
     if not least <= ratio <= most:
         texts.append(f"RV/LV {ratio:.2f}, usual is {least} to {most}")
+    if row["lv_enclosed"] < ENCLOSED:
+        texts.append(f"myocardium around {row['lv_enclosed']:.0%} of what was taken for LV: is part of it another "
+                     "cavity?")
     if not entropy <= ENTROPY * usual:
         texts.append(f"entropy {entropy:.2f}, usual is {usual:.2f}")
     if ml[2] and ml[1] and image[labels == 3].mean() < image[labels == 2].mean():
@@ -213,8 +249,8 @@ def predict_file(nets, source, stem, inference, find=True, component=True, entro
     predictions.csv, the scan, its labels (T, Z, Y, X)). DataError, ValueError, MemoryError or OSError, and then nothing
     was written.
 
-    nets, inference: as of load_networks. find: judge the position, look for the heart. component: keep the largest of
-    each class. entropy: write its map too. spacing, axes: as of read_scan. usual: the entropy to expect.
+    nets, inference: as of load_networks. find: judge the position, look for the heart. component: keep_parts of
+    each frame. entropy: write its map too. spacing, axes: as of read_scan. usual: the entropy to expect.
     """
     if not (NIFTI.search(source.name) and os.path.isfile(source)):
         raise DataError(f"{source}: not a NIfTI file by its name and kind; give .nii or .nii.gz (of .hdr and .img "
@@ -228,7 +264,8 @@ def predict_file(nets, source, stem, inference, find=True, component=True, entro
     position, focus = 0, {}
     judged = find and inference["view"] == "heart"
     if judged:
-        position = find_position(nets[0], asked_slices(frames[~odd]), spacing, **inference)
+        slices, few = asked_slices(frames[~odd])
+        position = find_position(nets[0], slices, spacing, few=few, **inference)
         seen = turn(frames[~odd][0], position)
         focus = find_heart(nets[0], seen, models.turn_spacing(spacing, position), **inference)
     labels, maps, rows = segment_frames(nets, frames, spacing, inference | focus, component, source.name, position)
@@ -247,7 +284,7 @@ def predict_file(nets, source, stem, inference, find=True, component=True, entro
         image = np.subtract(frames[t], frames[t].min(), dtype=np.float64).astype(np.float32)
         volume = Volume(source.name, image, None, spacing, None)
         shown.append((f"{phase}, frame {t + 1}" if phase else "", volume, labels[t]))
-        texts = odd_result(labels[t], image, ml[t], rows[t]["entropy"], phase, usual)
+        texts = odd_result(labels[t], image, rows[t], usual)
         doubts += [f"{phase}: {text}" if phase else text for text in texts]
     title = source.name.encode("utf-8", "replace").decode().replace("$", r"\$")       # as matplotlib takes any name
     with staging(stem.parent, [f"{stem.name}_{k}" for k in RESULTS]) as folder:

@@ -145,7 +145,8 @@ def test_geometry_survives_on_every_dtype(capsys, tmp_path, checkpoint):
     net, content = load_model(checkpoint)
     expected = {}
     for ndim, frames in ((3, FRAME[None]), (4, cine()[:2])):
-        position = models.find_position(net, predict.asked_slices(frames), spacing, **content["inference"])
+        slices, few = predict.asked_slices(frames)
+        position = models.find_position(net, slices, spacing, few=few, **content["inference"])
         image, mm = turn(frames[0], position), spacing if position % 2 == 0 else (8, 1.3, 1.5)
         focus = models.find_heart(net, image, mm, **content["inference"])
         labels = models.largest_component(segment_volume(net, image, **content["inference"], **focus))
